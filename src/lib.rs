@@ -20,3 +20,6 @@ pub mod limits;
 pub mod pickle;
 pub mod storage;
 pub mod wire;
+
+#[cfg(feature = "python")]
+mod python;

@@ -1,0 +1,1 @@
+"""ZEO, the client-server storage of ZODB, in Rust for Python."""
