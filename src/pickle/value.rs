@@ -18,7 +18,14 @@ pub enum Value {
     /// Pairs in order of appearance.
     Dict(Vec<(Self, Self)>),
     /// `set`, `frozenset` and the like stay calls.
-    Global { module: String, name: String },
+    Global {
+        module: String,
+        name: String,
+    },
     /// `callable(*args)`, then `state` applied (REDUCE, NEWOBJ, BUILD).
-    Call { callable: Box<Self>, args: Box<Self>, state: Option<Box<Self>> },
+    Call {
+        callable: Box<Self>,
+        args: Box<Self>,
+        state: Option<Box<Self>>,
+    },
 }

@@ -13,6 +13,7 @@
 //! locks; the one commit lock of an in-process storage). `undo`, `pack`'s switch and engines whose
 //! [`Capabilities::concurrent_votes`] is false need the whole storage.
 
+pub mod blob;
 pub mod error;
 
 use std::path::PathBuf;
@@ -114,7 +115,12 @@ pub enum Resolution {
 /// Called without engine locks held; it may call [`Storage::load_serial`] of the same storage.
 pub trait ConflictResolver: Send + Sync {
     /// `committed_data` is given for undo, where the committed state may be uncommitted itself.
-    fn resolve(&self, storage: &dyn Storage, conflict: &Conflict, committed_data: Option<Bytes>) -> Resolution;
+    fn resolve(
+        &self,
+        storage: &dyn Storage,
+        conflict: &Conflict,
+        committed_data: Option<Bytes>,
+    ) -> Resolution;
 }
 
 /// Resolver of storages without classes: every conflict fails.

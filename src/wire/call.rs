@@ -45,42 +45,137 @@ pub enum BadCall {
 #[derive(Clone, Debug, PartialEq)]
 pub enum Call {
     /// The first call. `read_only` is 0/1 or a bool on the wire.
-    Register { storage: String, read_only: bool },
+    Register {
+        storage: String,
+        read_only: bool,
+    },
     GetInfo,
     LastTransaction,
-    GetInvalidations { tid: Tid },
-    LoadBefore { oid: Oid, before: Tid },
-    LoadSerial { oid: Oid, serial: Tid },
-    GetTid { oid: Oid },
-    History { oid: Oid, size: i64 },
-    RecordIternext { next: Option<Oid> },
-    NewOids { count: i64 },
-    TpcBegin { txn: TxnKey, user: Bytes, description: Bytes, extension: Value, tid: Option<Tid>, status: u8 },
-    Storea { oid: Oid, serial: Tid, data: Bytes, txn: TxnKey },
-    CheckCurrentSerial { oid: Oid, serial: Tid, txn: TxnKey },
-    DeleteObject { oid: Oid, serial: Tid, txn: TxnKey },
-    Restorea { oid: Oid, serial: Tid, data: Option<Bytes>, prev_txn: Option<Tid>, txn: TxnKey },
+    GetInvalidations {
+        tid: Tid,
+    },
+    LoadBefore {
+        oid: Oid,
+        before: Tid,
+    },
+    LoadSerial {
+        oid: Oid,
+        serial: Tid,
+    },
+    GetTid {
+        oid: Oid,
+    },
+    History {
+        oid: Oid,
+        size: i64,
+    },
+    RecordIternext {
+        next: Option<Oid>,
+    },
+    NewOids {
+        count: i64,
+    },
+    TpcBegin {
+        txn: TxnKey,
+        user: Bytes,
+        description: Bytes,
+        extension: Value,
+        tid: Option<Tid>,
+        status: u8,
+    },
+    Storea {
+        oid: Oid,
+        serial: Tid,
+        data: Bytes,
+        txn: TxnKey,
+    },
+    CheckCurrentSerial {
+        oid: Oid,
+        serial: Tid,
+        txn: TxnKey,
+    },
+    DeleteObject {
+        oid: Oid,
+        serial: Tid,
+        txn: TxnKey,
+    },
+    Restorea {
+        oid: Oid,
+        serial: Tid,
+        data: Option<Bytes>,
+        prev_txn: Option<Tid>,
+        txn: TxnKey,
+    },
     /// `trans_id` is base64 text of a tid, as `undoLog` gave it.
-    Undoa { trans_id: Bytes, txn: TxnKey },
+    Undoa {
+        trans_id: Bytes,
+        txn: TxnKey,
+    },
     StoreBlobStart,
-    StoreBlobChunk { chunk: Bytes },
-    StoreBlobEnd { oid: Oid, serial: Tid, data: Bytes, txn: TxnKey },
-    StoreBlobShared { oid: Oid, serial: Tid, data: Bytes, filename: String, txn: TxnKey },
-    Vote { txn: TxnKey },
-    TpcFinish { txn: TxnKey },
-    TpcAbort { txn: TxnKey },
-    SendBlob { oid: Oid, serial: Tid },
+    StoreBlobChunk {
+        chunk: Bytes,
+    },
+    StoreBlobEnd {
+        oid: Oid,
+        serial: Tid,
+        data: Bytes,
+        txn: TxnKey,
+    },
+    StoreBlobShared {
+        oid: Oid,
+        serial: Tid,
+        data: Bytes,
+        filename: String,
+        txn: TxnKey,
+    },
+    Vote {
+        txn: TxnKey,
+    },
+    TpcFinish {
+        txn: TxnKey,
+    },
+    TpcAbort {
+        txn: TxnKey,
+    },
+    SendBlob {
+        oid: Oid,
+        serial: Tid,
+    },
     /// `time`: Unix seconds.
-    Pack { time: f64, wait: bool },
-    UndoInfo { first: i64, last: i64, specification: Value },
-    UndoLog { first: i64, last: i64 },
-    IteratorStart { start: Option<Tid>, stop: Option<Tid> },
-    IteratorNext { iid: i64 },
-    IteratorRecordStart { txn_iid: i64, tid: Tid },
-    IteratorRecordNext { iid: i64 },
-    IteratorGc { iids: Vec<i64> },
+    Pack {
+        time: f64,
+        wait: bool,
+    },
+    UndoInfo {
+        first: i64,
+        last: i64,
+        specification: Value,
+    },
+    UndoLog {
+        first: i64,
+        last: i64,
+    },
+    IteratorStart {
+        start: Option<Tid>,
+        stop: Option<Tid>,
+    },
+    IteratorNext {
+        iid: i64,
+    },
+    IteratorRecordStart {
+        txn_iid: i64,
+        tid: Tid,
+    },
+    IteratorRecordNext {
+        iid: i64,
+    },
+    IteratorGc {
+        iids: Vec<i64>,
+    },
     ServerStatus,
-    SetClientLabel { label: String },
+    SetClientLabel {
+        label: String,
+    },
     Ping,
     /// Any message with id -1: to be ignored.
     KeepAlive,

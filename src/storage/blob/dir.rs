@@ -1,0 +1,472 @@
+//! [`BlobDir`]: the committed blob files of one storage.
+//!
+//! A file is made ready before the vote is answered ([`BlobDir::prepare`]: on this file system, read-only, synced,
+//! its directory made) and gets its final name when the tid is known ([`BlobDir::publish`]: one rename and one sync
+//! of the directory). So what can fail for lack of space or rights fails before the vote.
+//!
+//! Cost of a blob commit: 1 fsync of the file, 1 fsync of its directory, plus 1 fsync for each directory made.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, SystemTime};
+
+use super::layout::{Layout, MARKER, TEMP};
+use crate::ids::{Oid, Tid};
+use crate::storage::{Result, StorageError};
+
+/// A blob directory. Shared by all threads of a storage.
+#[derive(Debug)]
+pub struct BlobDir {
+    base: PathBuf,
+    layout: Layout,
+    /// Names of files made here are unique in this process by this, among processes by the pid.
+    next_temp: AtomicU64,
+    /// Held while a name appears in an object's directory and while empty directories are removed, so that neither
+    /// pulls the ground from under the other. Never held during a sync.
+    names: Mutex<()>,
+}
+
+impl BlobDir {
+    /// Opens the directory with the layout that its marker names; without a marker `bushy` if it is empty, else
+    /// `lawn` (as ZODB's `automatic`). `create`: make it, its temporary directory and marker where missing.
+    ///
+    /// Errors: `Invalid` for an unknown marker, `Io`.
+    pub fn open(path: &Path, create: bool) -> Result<Self> {
+        let layout = match read_marker(path)? {
+            Some(layout) => layout,
+            None if is_used(path)? => Layout::Lawn,
+            None => Layout::Bushy,
+        };
+        Self::open_as(path, layout, create)
+    }
+
+    /// Opens the directory with a given layout. Errors: `Invalid` if its marker names another one, `Io`.
+    pub fn open_as(path: &Path, layout: Layout, create: bool) -> Result<Self> {
+        let base = std::path::absolute(path).map_err(|e| failed("find", path, e))?;
+        match read_marker(&base)? {
+            Some(found) if found != layout => {
+                let text =
+                    format!("{} has layout {found}, not {layout}: use another directory", base.display());
+                return Err(StorageError::Invalid(text));
+            }
+            Some(_) if !create => {}
+            found if create => {
+                make_dirs(&base.join(TEMP))?;
+                if found.is_none() {
+                    let marker = base.join(MARKER);
+                    fs::write(&marker, layout.name()).map_err(|e| failed("write", &marker, e))?;
+                    sync_file(&marker)?;
+                    sync_dir(&base)?;
+                }
+            }
+            _ => {}
+        }
+        Ok(Self { base, layout, next_temp: AtomicU64::new(0), names: Mutex::new(()) })
+    }
+
+    pub fn base(&self) -> &Path {
+        &self.base
+    }
+
+    pub fn layout(&self) -> Layout {
+        self.layout
+    }
+
+    /// Where uncommitted files go, on the same file system as the committed ones.
+    pub fn temp_dir(&self) -> PathBuf {
+        self.base.join(TEMP)
+    }
+
+    /// Directory of an object's committed files; it need not exist.
+    pub fn oid_dir(&self, oid: Oid) -> PathBuf {
+        self.base.join(self.layout.oid_dir(oid))
+    }
+
+    /// File of a revision; it need not exist.
+    pub fn path(&self, oid: Oid, tid: Tid) -> PathBuf {
+        self.base.join(self.layout.file(oid, tid))
+    }
+
+    /// File of a revision. Errors: `NoBlob` if there is none (ZODB's `loadBlob`).
+    pub fn existing_path(&self, oid: Oid, tid: Tid) -> Result<PathBuf> {
+        let path = self.path(oid, tid);
+        match path.try_exists() {
+            Ok(true) => Ok(path),
+            Ok(false) => Err(StorageError::NoBlob { oid, serial: tid }),
+            Err(e) => Err(failed("look for", &path, e)),
+        }
+    }
+
+    /// Makes an object's directory, durably. An existing one is fine.
+    pub fn make_oid_dir(&self, oid: Oid) -> Result<PathBuf> {
+        let dir = self.oid_dir(oid);
+        make_dirs(&dir)?;
+        Ok(dir)
+    }
+
+    /// Takes over the file `source`: afterwards it is at the returned path, synced and read-only, and can be given to
+    /// [`Self::publish`] or removed with [`Self::discard`]. On error `source` is where it was.
+    pub fn prepare(&self, source: &Path, oid: Oid) -> Result<PathBuf> {
+        let dir = self.make_oid_dir(oid)?;
+        let staged = self.temp_path();
+        match fs::rename(source, &staged) {
+            Ok(()) => {}
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Err(failed("take over", source, e)),
+            // Most likely another file system.
+            Err(_) => {
+                if let Err(e) = fs::copy(source, &staged) {
+                    let _ = fs::remove_file(&staged);
+                    return Err(failed("copy", source, e));
+                }
+                fs::remove_file(source).map_err(|e| failed("remove", source, e))?;
+            }
+        }
+        if let Err(e) = make_read_only(&staged, &dir).and_then(|()| sync_file(&staged)) {
+            let _ = fs::rename(&staged, source);
+            return Err(e);
+        }
+        Ok(staged)
+    }
+
+    /// As [`Self::prepare`], with the content of a committed revision (for undo): a hard link where the file system has
+    /// them, else a copy. Errors: `NoBlob` if the revision has no file.
+    pub fn prepare_copy(&self, oid: Oid, from: Tid) -> Result<PathBuf> {
+        let dir = self.make_oid_dir(oid)?;
+        let source = self.existing_path(oid, from)?;
+        let staged = self.temp_path();
+        if fs::hard_link(&source, &staged).is_err() {
+            if let Err(e) = fs::copy(&source, &staged) {
+                let _ = fs::remove_file(&staged);
+                return Err(failed("copy", &source, e));
+            }
+            make_read_only(&staged, &dir)?;
+        }
+        sync_file(&staged)?;
+        Ok(staged)
+    }
+
+    /// Gives a prepared file its final name, durably. Repeating it after it succeeded is an error, after it failed not.
+    pub fn publish(&self, prepared: &Path, oid: Oid, tid: Tid) -> Result<()> {
+        let target = self.path(oid, tid);
+        {
+            let _names = self.names.lock().unwrap_or_else(|e| e.into_inner());
+            let mut moved = fs::rename(prepared, &target);
+            if matches!(&moved, Err(e) if e.kind() == io::ErrorKind::NotFound) && prepared.exists() {
+                // A pack found the new directory empty and removed it.
+                self.make_oid_dir(oid)?;
+                moved = fs::rename(prepared, &target);
+            }
+            moved.map_err(|e| failed("name", &target, e))?;
+            // Renaming one hard link over another of the same file leaves both.
+            let _ = fs::remove_file(prepared);
+        }
+        sync_dir(&self.oid_dir(oid))
+    }
+
+    /// Removes a prepared file that will not be published.
+    pub fn discard(&self, prepared: &Path) {
+        let _ = fs::remove_file(prepared);
+    }
+
+    /// [`Self::prepare`] and [`Self::publish`] in one.
+    pub fn commit(&self, source: &Path, oid: Oid, tid: Tid) -> Result<()> {
+        let prepared = self.prepare(source, oid)?;
+        self.publish(&prepared, oid, tid).inspect_err(|_| self.discard(&prepared))
+    }
+
+    /// [`Self::prepare_copy`] and [`Self::publish`] in one.
+    pub fn copy(&self, oid: Oid, from: Tid, to: Tid) -> Result<()> {
+        let prepared = self.prepare_copy(oid, from)?;
+        self.publish(&prepared, oid, to).inspect_err(|_| self.discard(&prepared))
+    }
+
+    /// Removes the file of a revision and the directories it leaves empty. A missing file is fine.
+    pub fn remove(&self, oid: Oid, tid: Tid) -> Result<()> {
+        let path = self.path(oid, tid);
+        match fs::remove_file(&path) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(failed("remove", &path, e)),
+            _ => {}
+        }
+        self.prune(oid);
+        Ok(())
+    }
+
+    /// Removes all files of an object and the directories it leaves empty.
+    pub fn remove_all(&self, oid: Oid) -> Result<()> {
+        for tid in self.serials(oid)? {
+            self.remove(oid, tid)?;
+        }
+        self.prune(oid);
+        Ok(())
+    }
+
+    /// Removes an object's directory and those above it, as far as they are empty.
+    pub(crate) fn prune(&self, oid: Oid) {
+        let _names = self.names.lock().unwrap_or_else(|e| e.into_inner());
+        let mut dir = self.oid_dir(oid);
+        while dir != self.base && fs::remove_dir(&dir).is_ok() && dir.pop() {}
+    }
+
+    /// Tids of the files of an object, ascending.
+    pub fn serials(&self, oid: Oid) -> Result<Vec<Tid>> {
+        let mut tids = Vec::new();
+        for_each_entry(&self.oid_dir(oid), &mut |entry, _| {
+            let relative = self.layout.oid_dir(oid).join(entry.file_name());
+            tids.extend(self.layout.parse(&relative).filter(|(found, _)| *found == oid).map(|(_, tid)| tid));
+            Ok(())
+        })?;
+        tids.sort_unstable();
+        Ok(tids)
+    }
+
+    /// Calls `visit` with every committed file, in no particular order.
+    pub fn for_each(&self, visit: &mut dyn FnMut(Oid, Tid, &Path) -> Result<()>) -> Result<()> {
+        self.walk(&self.base, self.layout.depth(), visit)
+    }
+
+    fn walk(
+        &self,
+        dir: &Path,
+        levels: usize,
+        visit: &mut dyn FnMut(Oid, Tid, &Path) -> Result<()>,
+    ) -> Result<()> {
+        for_each_entry(dir, &mut |entry, is_dir| {
+            let path = entry.path();
+            if is_dir && levels > 0 {
+                let temp = path == self.temp_dir();
+                return if temp { Ok(()) } else { self.walk(&path, levels - 1, visit) };
+            }
+            let relative = path.strip_prefix(&self.base).unwrap_or(&path);
+            match self.layout.parse(relative) {
+                Some((oid, tid)) => visit(oid, tid, &path),
+                None => Ok(()),
+            }
+        })
+    }
+
+    /// Removes files of the temporary directory that nobody touched for `age` (left by processes that were killed;
+    /// young ones may belong to a client that shares this directory). Answers how many.
+    pub fn clean_temp(&self, age: Duration) -> Result<usize> {
+        let mut removed = 0;
+        let limit = SystemTime::now().checked_sub(age);
+        for_each_entry(&self.temp_dir(), &mut |entry, is_dir| {
+            let modified = entry.metadata().and_then(|meta| meta.modified());
+            let stale = matches!((modified, limit), (Ok(modified), Some(limit)) if modified < limit);
+            if !is_dir && stale && fs::remove_file(entry.path()).is_ok() {
+                removed += 1;
+            }
+            Ok(())
+        })?;
+        Ok(removed)
+    }
+
+    /// A new name in the temporary directory.
+    fn temp_path(&self) -> PathBuf {
+        let number = self.next_temp.fetch_add(1, Ordering::Relaxed);
+        let started =
+            SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |time| time.as_nanos());
+        self.temp_dir().join(format!("{}-{started:x}-{number}.prepared", std::process::id()))
+    }
+}
+
+fn failed(verb: &str, path: &Path, source: io::Error) -> StorageError {
+    StorageError::io(format!("cannot {verb} {}", path.display()), source)
+}
+
+fn read_marker(base: &Path) -> Result<Option<Layout>> {
+    let marker = base.join(MARKER);
+    match fs::read(&marker) {
+        Ok(content) => match Layout::from_marker(&String::from_utf8_lossy(&content)) {
+            Some(layout) => Ok(Some(layout)),
+            None => {
+                let text = format!("{} names an unknown layout of blob directories", marker.display());
+                Err(StorageError::Invalid(text))
+            }
+        },
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(failed("read", &marker, e)),
+    }
+}
+
+/// Whether a directory without marker already has content (hidden files do not count).
+fn is_used(base: &Path) -> Result<bool> {
+    let mut used = false;
+    for_each_entry(base, &mut |entry, _| {
+        used |= !entry.file_name().to_string_lossy().starts_with('.');
+        Ok(())
+    })?;
+    Ok(used)
+}
+
+/// Calls `visit` with each entry and whether it is a directory; a missing directory has none.
+fn for_each_entry(dir: &Path, visit: &mut dyn FnMut(&fs::DirEntry, bool) -> Result<()>) -> Result<()> {
+    let entries = match fs::read_dir(dir) {
+        Ok(entries) => entries,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(e) => return Err(failed("list", dir, e)),
+    };
+    for entry in entries {
+        let entry = entry.map_err(|e| failed("list", dir, e))?;
+        let is_dir = entry.file_type().is_ok_and(|kind| kind.is_dir());
+        visit(&entry, is_dir)?;
+    }
+    Ok(())
+}
+
+/// `mkdir -p`, durably: each directory made is synced into its parent. A concurrent maker is fine.
+pub(crate) fn make_dirs(dir: &Path) -> Result<()> {
+    let mut missing = Vec::new();
+    let mut at = Some(dir);
+    while let Some(path) = at.filter(|path| !path.as_os_str().is_empty() && !path.exists()) {
+        missing.push(path);
+        at = path.parent();
+    }
+    for path in missing.into_iter().rev() {
+        match fs::create_dir(path) {
+            Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(failed("make", path, e)),
+            _ => {}
+        }
+        if let Some(parent) = path.parent().filter(|parent| !parent.as_os_str().is_empty()) {
+            sync_dir(parent)?;
+        }
+    }
+    Ok(())
+}
+
+/// Committed files are written once: no write bits, and readable by whoever may read their directory.
+fn make_read_only(file: &Path, dir: &Path) -> Result<()> {
+    let mode = |path: &Path| fs::metadata(path).map(|meta| meta.permissions().mode());
+    let result = mode(file).and_then(|file_mode| {
+        let dir_mode = mode(dir)?;
+        let wanted = (file_mode & 0o7777 & !0o222) | (dir_mode & 0o444);
+        fs::set_permissions(file, fs::Permissions::from_mode(wanted))
+    });
+    result.map_err(|e| failed("set the mode of", file, e))
+}
+
+fn sync_file(path: &Path) -> Result<()> {
+    File::open(path).and_then(|file| file.sync_all()).map_err(|e| failed("sync", path, e))
+}
+
+/// Makes names in `dir` durable.
+pub(crate) fn sync_dir(dir: &Path) -> Result<()> {
+    sync_file(dir)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const OID: Oid = Oid(0x0e);
+
+    fn file(dir: &Path, content: &str) -> PathBuf {
+        let path = dir.join("upload");
+        fs::write(&path, content).unwrap();
+        path
+    }
+
+    fn files(dir: &BlobDir) -> Vec<(Oid, Tid)> {
+        let mut found = Vec::new();
+        dir.for_each(&mut |oid, tid, path| {
+            assert_eq!(path, dir.path(oid, tid));
+            found.push((oid, tid));
+            Ok(())
+        })
+        .unwrap();
+        found.sort();
+        found
+    }
+
+    #[test]
+    fn layout_is_chosen_as_zodb_does() {
+        let temp = tempfile::tempdir().unwrap();
+        let base = temp.path().join("blobs");
+        assert_eq!(BlobDir::open(&base, true).unwrap().layout(), Layout::Bushy);
+        assert_eq!(fs::read_to_string(base.join(".layout")).unwrap(), "bushy");
+        assert!(base.join("tmp").is_dir());
+        fs::write(base.join(".layout"), "lawn\n").unwrap();
+        assert_eq!(BlobDir::open(&base, true).unwrap().layout(), Layout::Lawn);
+        fs::remove_file(base.join(".layout")).unwrap();
+        assert_eq!(BlobDir::open(&base, false).unwrap().layout(), Layout::Lawn);
+        assert!(!base.join(".layout").exists());
+        fs::write(base.join(".layout"), "forest").unwrap();
+        assert!(matches!(BlobDir::open(&base, true), Err(StorageError::Invalid(_))));
+        fs::write(base.join(".layout"), "bushy").unwrap();
+        assert!(matches!(BlobDir::open_as(&base, Layout::ZeoCache, true), Err(StorageError::Invalid(_))));
+    }
+
+    #[test]
+    fn missing_directory_opens_read_only_without_a_trace() {
+        let temp = tempfile::tempdir().unwrap();
+        let base = temp.path().join("none");
+        let dir = BlobDir::open(&base, false).unwrap();
+        assert!(matches!(dir.existing_path(OID, Tid(1)), Err(StorageError::NoBlob { .. })));
+        assert!(files(&dir).is_empty() && !base.exists());
+    }
+
+    #[test]
+    fn commit_copy_remove() {
+        let temp = tempfile::tempdir().unwrap();
+        for layout in [Layout::Bushy, Layout::Lawn, Layout::ZeoCache] {
+            let dir = BlobDir::open_as(&temp.path().join(layout.name()), layout, true).unwrap();
+            let upload = file(temp.path(), "first");
+            dir.commit(&upload, OID, Tid(0x10)).unwrap();
+            assert!(!upload.exists());
+            let path = dir.existing_path(OID, Tid(0x10)).unwrap();
+            assert_eq!(fs::read_to_string(&path).unwrap(), "first");
+            assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o222, 0);
+            dir.copy(OID, Tid(0x10), Tid(0x20)).unwrap();
+            assert_eq!(fs::read_to_string(dir.path(OID, Tid(0x20))).unwrap(), "first");
+            // Again over itself (repeated after a crash): the same inode under both names.
+            dir.copy(OID, Tid(0x10), Tid(0x20)).unwrap();
+            assert!(matches!(dir.copy(OID, Tid(9), Tid(0x21)), Err(StorageError::NoBlob { .. })));
+            assert_eq!(fs::read_dir(dir.temp_dir()).unwrap().count(), 0);
+            assert_eq!(dir.serials(OID).unwrap(), [Tid(0x10), Tid(0x20)]);
+            assert_eq!(files(&dir), [(OID, Tid(0x10)), (OID, Tid(0x20))]);
+            dir.remove(OID, Tid(0x10)).unwrap();
+            dir.remove(OID, Tid(0x10)).unwrap();
+            assert!(dir.oid_dir(OID).exists());
+            dir.remove_all(OID).unwrap();
+            let mut left: Vec<_> =
+                fs::read_dir(dir.base()).unwrap().map(|e| e.unwrap().file_name()).collect();
+            left.sort();
+            assert_eq!(left, [".layout", "tmp"]);
+        }
+    }
+
+    #[test]
+    fn publish_survives_a_prune_of_its_directory() {
+        let temp = tempfile::tempdir().unwrap();
+        let dir = BlobDir::open(&temp.path().join("blobs"), true).unwrap();
+        let prepared = dir.prepare(&file(temp.path(), "x"), OID).unwrap();
+        dir.prune(OID);
+        assert!(!dir.oid_dir(OID).exists());
+        dir.publish(&prepared, OID, Tid(1)).unwrap();
+        assert_eq!(files(&dir), [(OID, Tid(1))]);
+    }
+
+    #[test]
+    fn only_old_temporary_files_are_cleaned() {
+        let temp = tempfile::tempdir().unwrap();
+        let dir = BlobDir::open(&temp.path().join("blobs"), true).unwrap();
+        let [old, young] = ["old", "young"].map(|name| dir.temp_dir().join(name));
+        fs::write(&young, "").unwrap();
+        File::create(&old).unwrap().set_modified(SystemTime::now() - Duration::from_secs(7200)).unwrap();
+        assert_eq!(dir.clean_temp(Duration::from_secs(3600)).unwrap(), 1);
+        assert!(young.exists() && !old.exists());
+    }
+
+    #[test]
+    fn fixture_directories_are_read() {
+        let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/filestorage");
+        for (name, layout) in [("blobs", Layout::Bushy), ("blobs_lawn", Layout::Lawn)] {
+            let dir = BlobDir::open(&fixtures.join(name).join("blobs"), false).unwrap();
+            assert_eq!(dir.layout(), layout);
+            assert!(!files(&dir).is_empty(), "{name}");
+        }
+    }
+}
