@@ -1,10 +1,15 @@
 //! The extension module `zeo_rs._zeo`. pyo3 only here: converts, releases the GIL, maps errors. No logic.
 //! One file per class, each with a `register(m)`.
 
+mod convert;
+mod errors;
+mod logging;
+
 use pyo3::prelude::*;
 
 #[pymodule]
 fn _zeo(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add("__version__", env!("CARGO_PKG_VERSION"))?;
+    logging::register(m)?;
     Ok(())
 }

@@ -1,0 +1,183 @@
+//! Log events of the Rust layers become records of Python's `logging`, under the names `zeo_rs.…`.
+//!
+//! An event is formatted where it happens and put in a bounded queue; one thread hands the queue to Python. So no log
+//! line ever waits for the GIL, and none can deadlock with code that holds it. If Python does not keep up, events are
+//! dropped and the next line says how many. An event below the level in force costs one atomic read.
+//!
+//! The level in force is that of the Python logger `zeo_rs`, read again ([`refresh`]) whenever a storage or server is made
+//! and with every line handed over.
+
+use std::fmt::{self, Write as _};
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use pyo3::prelude::*;
+use tracing::field::{Field, Visit};
+use tracing::span;
+use tracing::{Event, Level, Metadata, Subscriber};
+
+/// Lines waiting for Python; more are dropped.
+const QUEUE: usize = 4096;
+/// How long [`flush`] waits for the thread.
+const FLUSH: Duration = Duration::from_secs(5);
+
+/// Python's numbers of the levels; events below are not even formatted.
+static LEVEL: AtomicU8 = AtomicU8::new(20);
+static DROPPED: AtomicU64 = AtomicU64::new(0);
+/// The queue, and the process whose thread empties it: a forked child starts its own.
+static SENDER: Mutex<Option<(u32, SyncSender<Line>)>> = Mutex::new(None);
+
+enum Line {
+    Event { level: u8, target: &'static str, text: String },
+    Flush(SyncSender<()>),
+}
+
+pub(crate) fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
+    // fails if the host process has a subscriber already, which then gets the events
+    let _ = tracing::subscriber::set_global_default(ToPython);
+    m.add_function(wrap_pyfunction!(flush_logs, m)?)?;
+    refresh(m.py());
+    m.py().import("atexit")?.call_method1("register", (m.getattr("flush_logs")?,))?;
+    Ok(())
+}
+
+/// Waits until everything logged so far has reached Python's handlers.
+#[pyfunction]
+fn flush_logs(py: Python<'_>) {
+    py.detach(|| {
+        let (done, wait) = sync_channel(1);
+        if SENDER.lock().unwrap_or_else(PoisonError::into_inner).is_some() && send(Line::Flush(done)) {
+            let _ = wait.recv_timeout(FLUSH);
+        }
+    });
+}
+
+/// Reads the level of the Python logger `zeo_rs`.
+pub(crate) fn refresh(py: Python<'_>) {
+    let level = (|| -> PyResult<u8> {
+        let logger = py.import("logging")?.call_method1("getLogger", ("zeo_rs",))?;
+        Ok(logger.call_method0("getEffectiveLevel")?.extract::<i64>()?.clamp(0, 50) as u8)
+    })();
+    if let Ok(level) = level
+        && LEVEL.swap(level, Ordering::Relaxed) != level
+    {
+        tracing::callsite::rebuild_interest_cache();
+    }
+}
+
+fn number(level: &Level) -> u8 {
+    match *level {
+        Level::ERROR => 40,
+        Level::WARN => 30,
+        Level::INFO => 20,
+        Level::DEBUG => 10,
+        Level::TRACE => 5,
+    }
+}
+
+/// The subscriber. Spans are not kept: a line carries its own fields.
+struct ToPython;
+
+impl Subscriber for ToPython {
+    fn enabled(&self, metadata: &Metadata<'_>) -> bool {
+        metadata.is_event()
+            && metadata.target().starts_with("zeo_rs")
+            && number(metadata.level()) >= LEVEL.load(Ordering::Relaxed)
+    }
+    fn register_callsite(&self, _: &'static Metadata<'static>) -> tracing::subscriber::Interest {
+        tracing::subscriber::Interest::sometimes()
+    }
+    fn event(&self, event: &Event<'_>) {
+        let mut text = Text::default();
+        event.record(&mut text);
+        let metadata = event.metadata();
+        send(Line::Event { level: number(metadata.level()), target: metadata.target(), text: text.0 });
+    }
+    fn new_span(&self, _: &span::Attributes<'_>) -> span::Id {
+        span::Id::from_u64(1)
+    }
+    fn record(&self, _: &span::Id, _: &span::Record<'_>) {}
+    fn record_follows_from(&self, _: &span::Id, _: &span::Id) {}
+    fn enter(&self, _: &span::Id) {}
+    fn exit(&self, _: &span::Id) {}
+}
+
+/// `message key=value key=value`.
+#[derive(Default)]
+struct Text(String);
+
+impl Visit for Text {
+    fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
+        if field.name() == "message" {
+            let rest = std::mem::take(&mut self.0);
+            let _ = write!(self.0, "{value:?}{rest}");
+        } else {
+            let _ = write!(self.0, " {}={value:?}", field.name());
+        }
+    }
+    fn record_str(&mut self, field: &Field, value: &str) {
+        self.record_debug(field, &format_args!("{value}"));
+    }
+}
+
+/// False if the queue is full or there is no thread to empty it.
+fn send(line: Line) -> bool {
+    let mut sender = SENDER.lock().unwrap_or_else(PoisonError::into_inner);
+    let pid = std::process::id();
+    if sender.as_ref().is_none_or(|(owner, _)| *owner != pid) {
+        let (tx, rx) = sync_channel(QUEUE);
+        if std::thread::Builder::new().name("zeo_rs-log".into()).spawn(move || hand_over(&rx)).is_err() {
+            return false;
+        }
+        *sender = Some((pid, tx));
+    }
+    match sender.as_ref().map(|(_, tx)| tx.try_send(line)) {
+        Some(Ok(())) => true,
+        Some(Err(TrySendError::Full(_))) => {
+            DROPPED.fetch_add(1, Ordering::Relaxed);
+            false
+        }
+        _ => false,
+    }
+}
+
+/// The thread: attaches to Python for one line at a time, and ends with the interpreter.
+fn hand_over(lines: &Receiver<Line>) {
+    while let Ok(line) = lines.recv() {
+        let handed = match line {
+            Line::Event { level, target, text } => Python::try_attach(|py| {
+                let dropped = DROPPED.swap(0, Ordering::Relaxed);
+                if dropped > 0 {
+                    log(
+                        py,
+                        30,
+                        "zeo_rs",
+                        &format!("{dropped} log lines were dropped: Python did not keep up"),
+                    );
+                }
+                log(py, level, target, &text);
+                refresh(py);
+            }),
+            Line::Flush(done) => {
+                let _ = done.send(());
+                Some(())
+            }
+        };
+        if handed.is_none() {
+            return;
+        }
+    }
+}
+
+fn log(py: Python<'_>, level: u8, target: &str, text: &str) {
+    let logged = (|| -> PyResult<()> {
+        let logger = py.import("logging")?.call_method1("getLogger", (target.replace("::", "."),))?;
+        logger.call_method1("log", (level, "%s", text))?;
+        Ok(())
+    })();
+    if let Err(error) = logged {
+        error.write_unraisable(py, None);
+    }
+}
