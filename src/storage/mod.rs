@@ -17,6 +17,7 @@
 
 pub mod blob;
 pub mod error;
+pub mod file;
 pub mod memory;
 
 use std::path::PathBuf;
