@@ -2,7 +2,7 @@
 //!
 //! Costs nothing until an error happens: exception classes are imported at first use.
 
-use pyo3::exceptions::{PyOSError, PyRuntimeError, PyValueError};
+use pyo3::exceptions::{PyKeyError, PyOSError, PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
 
@@ -63,6 +63,7 @@ pub(crate) fn storage_error(py: Python<'_>, error: &StorageError) -> PyErr {
         StorageError::Io { what, source } => os_error(what, source),
         StorageError::PreviousIo(_) => zodb::StorageSystemError::new_err(text),
         StorageError::Closed => PyValueError::new_err("closed"),
+        StorageError::Dangling { oid, .. } => PyKeyError::new_err((oid_bytes(py, *oid).unbind(),)),
         StorageError::Cancelled => zodb::PackError::new_err("the pack was cancelled"),
         StorageError::Foreign { .. } => zodb::StorageError::new_err(text),
         StorageError::WouldBlock => PyRuntimeError::new_err(text),

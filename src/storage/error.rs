@@ -62,6 +62,11 @@ pub enum StorageError {
     PreviousIo(String),
     #[error("the storage is closed")]
     Closed,
+    /// Garbage collection met a reference to nothing (ZODB: `KeyError(oid)`).
+    #[error(
+        "{referrer} refers to {oid}, which does not exist: pack without garbage collection, or repair it first"
+    )]
+    Dangling { oid: Oid, referrer: Oid },
     /// The pack was cancelled.
     #[error("cancelled")]
     Cancelled,
