@@ -1,0 +1,65 @@
+"""Command line of the benchmark; `scripts/bench --help` shows it."""
+import argparse
+import importlib
+import os
+import signal
+import sys
+import time
+
+from . import report
+from .harness import KINDS, ROOT, Bench, Failed
+from .limits import Limits
+
+FAMILIES = ("loads", "commits", "sync", "blobs", "tails", "startup", "filestorage")
+
+
+def arguments():
+    parser = argparse.ArgumentParser(prog="scripts/bench", description="Measures zeo-rs beside ZEO 6.2, A B A B ...")
+    parser.add_argument("--only", action="append", metavar="NAME", default=[],
+                        help=f"families ({', '.join(FAMILIES)}) or FAMILY.FUNCTION; may be given again")
+    parser.add_argument("--rounds", type=int, help="rounds of each measurement (default 5; 2 with --quick)")
+    parser.add_argument("--quick", action="store_true", help="small sizes, to see that everything works")
+    parser.add_argument("--large", action="store_true", help="10 M objects, 1 GB blobs")
+    parser.add_argument("--kinds", default=",".join(KINDS), help="zeo,rs or one of them")
+    parser.add_argument("--data", default=os.path.join(ROOT, "target", "bench-data"),
+                        help="where generated databases are kept and servers work (default %(default)s)")
+    parser.add_argument("--out", help="where tables and plots are written (default docs/benchmarks, or target/bench-out"
+                        " with --quick or --only)")
+    options = parser.parse_args()
+    options.kinds = options.kinds.split(",")
+    for name in options.only:
+        if name.split(".")[0] not in FAMILIES:
+            parser.error(f"no family {name}; there are {', '.join(FAMILIES)}")
+    if options.out is None:
+        partial = options.quick or options.only
+        options.out = os.path.join(ROOT, "target", "bench-out") if partial else os.path.join(ROOT, "docs", "benchmarks")
+    os.makedirs(options.data, exist_ok=True)
+    return options
+
+
+def main():
+    options = arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    bench, env = Bench(options), report.environment(options)
+    started = time.monotonic()
+    try:
+        bench.limits = Limits(options.data)
+        for name in FAMILIES:
+            chosen = [n for n in options.only if n.split(".")[0] == name]
+            if options.only and not chosen:
+                continue
+            print(f"{name}:", flush=True)
+            bench.chosen = {n.split(".")[1] for n in chosen if "." in n} if name not in chosen else set()
+            try:
+                importlib.import_module(f"compare.{name}").run(bench)
+            except Failed as exc:
+                print(f"  {name} broken off: {exc}", flush=True)
+    finally:
+        bench.close()
+        if bench.results:
+            text = report.write(options.out, env, bench.results)
+            print(f"\n{text}\n{time.monotonic() - started:.0f} s; written to {options.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""Loads: cold with 1-16 processes and 1-8 threads, cache hits, prefetch, an application; CPU and memory they cost."""
+import statistics
+
+from . import data
+from .harness import cpu_seconds, memory, run_on, throughput
+
+
+def run(bench):
+    objects = bench.size(20_000, 200_000)
+    source = data.database(bench.data_dir, objects)
+    first = data.first_leaf(objects)
+    servers = bench.both(source)
+    try:
+        for step in bench.steps(cold_one, cold_processes, cold_threads, hits, prefetch, application, client_memory):
+            step(bench, servers, first)
+    finally:
+        bench.discard(servers)
+
+
+def cold_one(bench, servers, first):
+    """One client, one thread; with the CPU that server and client spend on a load."""
+    count = bench.size(2000, 8000)
+
+    def measure(client, server):
+        pids = servers[server].pid, bench.workers(client, 1)[0].pid
+        job = [("loads.cold", {"first": first, "count": count})]
+        before = []
+        reports = bench.run(client, servers[server], job,
+                            during=lambda: before.extend(cpu_seconds(pid) for pid in pids))
+        spent = [cpu_seconds(pid) - b for pid, b in zip(pids, before)]
+        report = reports[0]
+        return {"": (report["end"] - report["begin"]) / report["count"] / 1e3,
+                "server CPU": spent[0] / report["count"] * 1e6, "client CPU": spent[1] / report["count"] * 1e6}
+    bench.alternate("loads", "cold load, 1 process", "us", measure, bench.pairs(mixed=True),
+                    limit={"": bench.limits.roundtrip() * 1e6},
+                    target={"": ">= 8x; <= 3x limit"}, note="CPU includes opening and closing the client")
+
+
+def cold_processes(bench, servers, first):
+    for processes in (1, 4, 8, 16):
+        count = bench.size(1000, 4000)
+
+        def measure(client, server):
+            pid, before = servers[server].pid, []
+            jobs = [("loads.cold", {"first": first + i * count, "count": count, "seed": i}) for i in range(processes)]
+            reports = bench.run(client, servers[server], jobs, during=lambda: before.append(cpu_seconds(pid)))
+            total = sum(r["count"] for r in reports)
+            return {"": throughput(reports), "server CPU": (cpu_seconds(pid) - before[0]) / total * 1e6}
+        bench.alternate("loads", f"cold loads, {processes} process{'es' * (processes > 1)}", {"": "1/s", "server CPU": "us/load"}, measure,
+                        bench.pairs(mixed=processes == 8), better={"": "higher"},
+                        limit={"": bench.limits.roundtrips_per_second(processes)},
+                        target={"": ">= 10x", "server CPU": "<= 1/10"} if processes == 8 else "")
+
+
+def cold_threads(bench, servers, first):
+    count = bench.size(2000, 16000)
+    for threads in (8,):
+        def measure(client, server):
+            return throughput(bench.run(client, servers[server],
+                                        [("loads.cold", {"first": first, "count": count, "threads": threads})]))
+        bench.alternate("loads", f"cold loads, 1 process with {threads} threads", "1/s", measure, bench.pairs(),
+                        better="higher", limit=bench.limits.roundtrips_per_second(threads), target=">= 10x")
+
+
+def hits(bench, servers, first):
+    count = bench.size(100_000, 1_000_000)
+    for threads in (1, 4):
+        def measure(client, server):
+            report, = bench.run(client, servers[server], [("loads.hits", {
+                "first": first, "objects": 2000, "count": count, "threads": threads})])
+            return (report["end"] - report["begin"]) / report["count"] - report["loop_ns"]
+        bench.alternate("loads", f"cache hit, {threads} thread{'s' * (threads > 1)}", "ns", measure, bench.pairs(),
+                        limit=bench.limits.memcpy() * 1e9, target=">= 5x; <= 600 ns" if threads == 1 else "")
+
+
+def prefetch(bench, servers, first):
+    def measure(client, server):
+        report, = bench.run(client, servers[server], [("loads.prefetch", {"first": first, "count": 10_000})])
+        return (report["end"] - report["begin"]) / 1e6
+    bench.alternate("loads", "prefetch 10 000, then load them", "ms", measure, bench.pairs(mixed=True),
+                    limit=bench.limits.stream(10_000 * 300) * 1e3, target=">= 8x")
+
+
+def application(bench, servers, first):
+    def measure(client, server):
+        report, = bench.run(client, servers[server], [("application.read", {"pages": 5, "count": 1000})])
+        unpickle.append(report["unpickle_ns"] / 1e6)
+        return (report["end"] - report["begin"]) / 1e6
+    unpickle = []
+    bench.alternate("loads", "application reads 1 000 cold objects", "ms", measure, bench.pairs(mixed=True),
+                    target=">= 4x")
+    if unpickle:
+        result = bench.results[-1]
+        result["limit"] = statistics.median(unpickle) + 1000 * bench.limits.roundtrip() * 1e3
+        result["note"] = f"limit: {statistics.median(unpickle):.1f} ms of unpickling and 1 000 round trips"
+
+
+def client_memory(bench, servers, first):
+    """Private memory that a client takes for 20 000 cached objects, and the server's after serving them."""
+    count = bench.size(5000, 20_000)
+
+    def measure(client, server):
+        worker = bench.fresh_worker(client)
+        try:
+            seen = {}
+            job = [("latency.hold", {"first": first, "count": count})]
+            run_on([worker], client, servers[server].addr, job,
+                   during=lambda: seen.update(client=memory(worker.pid)[0]))
+            return {"": seen["client"] / 1e6, "server": memory(servers[server].pid)[0] / 1e6}
+        finally:
+            worker.close()
+    bench.alternate("loads", f"memory of a process with {count} cached objects", "MB", measure, bench.pairs(), rounds=1)
