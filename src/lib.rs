@@ -17,6 +17,8 @@
 
 pub mod ids;
 pub mod limits;
+#[cfg(feature = "net")]
+pub mod net;
 pub mod pickle;
 pub mod storage;
 pub mod wire;
