@@ -6,9 +6,9 @@ use pyo3::exceptions::{PyKeyError, PyOSError, PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
 
-use super::convert::{oid_bytes, tid_bytes};
+use super::convert::{self, oid_bytes, tid_bytes};
 use crate::ids::{Oid, Tid};
-use crate::storage::StorageError;
+use crate::storage::{Conflict, StorageError};
 
 mod zodb {
     use pyo3::import_exception;
@@ -68,6 +68,48 @@ pub(crate) fn storage_error(py: Python<'_>, error: &StorageError) -> PyErr {
         StorageError::Foreign { .. } => zodb::StorageError::new_err(text),
         StorageError::WouldBlock => PyRuntimeError::new_err(text),
     }
+}
+
+/// The way back: what a Python storage raised, for the server to answer. Classes without a variant keep their name.
+pub(crate) fn from_python(py: Python<'_>, error: PyErr) -> StorageError {
+    let value = error.value(py);
+    let conflict_of = || -> PyResult<(Oid, Tid, Tid)> {
+        let serials = value.getattr("serials")?;
+        let oid = convert::oid_arg(&value.getattr("oid")?)?;
+        Ok((oid, convert::tid_arg(&serials.get_item(0)?)?, convert::tid_arg(&serials.get_item(1)?)?))
+    };
+    let first_oid = || convert::oid_arg(&value.getattr("args")?.get_item(0)?);
+    if error.is_instance_of::<zodb::ReadConflictError>(py) {
+        if let Ok((oid, committed, read)) = conflict_of() {
+            return StorageError::ReadConflict { oid, committed, read };
+        }
+    } else if error.is_instance_of::<zodb::ConflictError>(py) {
+        if let Ok((oid, committed, read)) = conflict_of() {
+            // the record itself is not part of the exception; the server names the class from what was sent
+            let data = bytes::Bytes::new();
+            return StorageError::Conflict(Box::new(Conflict { oid, committed, read, data }));
+        }
+    } else if error.is_instance_of::<zodb::POSKeyError>(py) {
+        if let Ok(oid) = first_oid() {
+            return StorageError::NotFound(oid);
+        }
+    } else if error.is_instance_of::<zodb::ReadOnlyError>(py) {
+        return StorageError::ReadOnly;
+    } else if error.is_instance_of::<zodb::MultipleUndoErrors>(py) {
+        return StorageError::Undo { reason: error.to_string(), oid: None };
+    } else if error.is_instance_of::<zodb::UndoError>(py) {
+        let reason = value.getattr("_reason").and_then(|r| r.extract()).unwrap_or_else(|_| error.to_string());
+        let oid = value.getattr("_oid").and_then(|oid| convert::oid_arg(&oid)).ok();
+        return StorageError::Undo { reason, oid };
+    } else if error.is_instance_of::<zodb::StorageTransactionError>(py) {
+        return StorageError::Transaction(value.to_string());
+    }
+    let class = value.get_type();
+    let class = match (class.module(), class.qualname()) {
+        (Ok(module), Ok(name)) => format!("{module}.{name}"),
+        _ => "builtins.Exception".to_owned(),
+    };
+    StorageError::Foreign { class, text: value.to_string() }
 }
 
 /// `POSKeyError(oid)`.

@@ -4,6 +4,7 @@
 mod convert;
 mod errors;
 mod logging;
+mod served_storage;
 
 use pyo3::prelude::*;
 

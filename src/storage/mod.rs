@@ -325,9 +325,20 @@ pub trait Storage: Send + Sync {
     /// For `storeBlobShared`: the directory of an oid's committed blobs.
     fn blob_oid_directory(&self, oid: Oid) -> Result<PathBuf>;
 
+    /// Where to report commits that come from below. Engines that own their data have none.
+    fn subscribe(&self, _sink: Arc<dyn InvalidationSink>) {}
+
     /// Saves what makes the next start fast (the index). Called periodically and at close.
     fn checkpoint(&self) -> Result<()>;
     fn close(&self) -> Result<()>;
+}
+
+/// Port: commits that happen below a storage (another server of the same database, a storage that is itself a client).
+pub trait InvalidationSink: Send + Sync {
+    /// A transaction that this storage did not commit itself is visible now. Called in tid order.
+    fn invalidate(&self, tid: Tid, oids: Vec<Oid>);
+    /// Anything may have changed: clients must verify their caches.
+    fn invalidate_all(&self);
 }
 
 /// Port: keeps all voted transactions away while the guard lives (server: its oid locks; in-process: the commit lock).
