@@ -5,6 +5,8 @@
 pub const MAX_FRAME: usize = 1 << 30;
 /// A frame that announces more than this is read piece by piece, never allocated up front.
 pub const MAX_PREALLOCATE: usize = 1 << 20;
+/// Largest first frame of a client: `Z5`, `M5` or `ruok`, with room for the names of other versions.
+pub const MAX_HANDSHAKE: usize = 64;
 /// Nesting of decoded values. ZEO's own messages nest 4 deep; transaction extensions rarely more than 10.
 pub const MAX_DEPTH: usize = 64;
 /// Values in one decoded message (a 10 000 oid invalidation has 10 000).
