@@ -114,3 +114,11 @@ def copy(source, directory, index=True):
     elif os.path.exists(target + ".index"):
         os.unlink(target + ".index")
     return target
+
+
+def size(path):
+    return os.path.getsize(path)
+
+
+def remove(path):
+    shutil.rmtree(os.path.dirname(path))

@@ -9,6 +9,7 @@ import selectors
 import shutil
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -69,6 +70,12 @@ def memory(pid):
         status = dict(line.split(":", 1) for line in f)
     kib = {k: int(v.split()[0]) for k, v in status.items() if k in ("VmRSS", "VmHWM", "RssAnon")}
     return kib["VmRSS"] * 1024, kib["VmHWM"] * 1024, kib["RssAnon"] * 1024
+
+
+def forget_peak(pid):
+    """Starts the peak of `memory` anew."""
+    with open(f"/proc/{pid}/clear_refs", "w") as f:
+        f.write("5")
 
 
 def stop(process, grace=20):
@@ -249,7 +256,7 @@ class Bench:
         `jobs` is a list of (name, arguments). `during()` is called once they have been started.
         """
         workers = self.workers(kind, len(jobs))
-        return run_on(workers, kind, server.addr, jobs, timeout, during)
+        return run_on(workers, server.addr, jobs, timeout, during)
 
     def steps(self, *functions):
         """Calls those of a family's functions that `--only FAMILY.FUNCTION` chose; without it all of them."""
@@ -264,9 +271,15 @@ class Bench:
     # results ----------------------------------------------------------------------------------------------------
     def alternate(self, family, name, unit, measure, pairs, better="lower", limit=None, target="", rounds=None,
                   scale=1.0, note=""):
-        """Measures A B A B ...: `measure(client kind, server kind)` returns a number, or a dict of numbers by suffix."""
-        values, errors = {}, {}
+        """Measures A B A B ...: `measure(client kind, server kind)` returns a number, or a dict of numbers by suffix.
+
+        Before each round `limit()` is measured, or those of a dict by suffix; the other texts may be such dicts as well.
+        """
+        values, errors, limits = {}, {}, {}
         for _ in range(rounds or self.rounds):
+            for suffix, function in (limit if isinstance(limit, dict) else {"": limit}).items():
+                if function is not None:
+                    limits.setdefault(suffix, []).append(function() * scale)
             for pair in pairs:
                 key = "/".join(pair) if isinstance(pair, tuple) else pair
                 if key in errors:
@@ -280,7 +293,6 @@ class Bench:
                 for suffix, value in (got if isinstance(got, dict) else {"": got}).items():
                     values.setdefault(suffix, {}).setdefault(key, []).append(value * scale)
         for suffix in values or {"": {}}:
-            limits = limit if isinstance(limit, dict) else {"": limit}
             targets = target if isinstance(target, dict) else {"": target}
             units = unit if isinstance(unit, dict) else {}
             betters = better if isinstance(better, dict) else {}
@@ -289,7 +301,7 @@ class Bench:
                 "unit": units.get(suffix, unit if isinstance(unit, str) else ""),
                 "better": betters.get(suffix, better if isinstance(better, str) else "lower"),
                 "values": values.get(suffix, {}), "errors": errors,
-                "limit": limits.get(suffix), "target": targets.get(suffix, ""),
+                "limit": statistics.median(limits[suffix]) if suffix in limits else None, "target": targets.get(suffix, ""),
             })
             from . import report
             print("  " + report.line(self.results[-1]), flush=True)
@@ -303,10 +315,11 @@ class Bench:
         shutil.rmtree(self.work_dir, ignore_errors=True)
 
 
-def run_on(workers, kind, addr, jobs, timeout=300, during=None):
+def run_on(workers, addr, jobs, timeout=300, during=None):
+    """One job a worker; what `Bench.run` does, for workers of different kinds."""
     try:
         for worker, (name, arguments) in zip(workers, jobs):
-            worker.send({"job": name, "kind": kind, "addr": addr, "args": arguments})
+            worker.send({"job": name, "kind": worker.kind, "addr": addr, "args": arguments})
         for worker in workers:
             worker.receive(timeout)
         for worker in workers:

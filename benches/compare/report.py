@@ -8,6 +8,7 @@ import subprocess
 import time
 
 UNITS = {"us": "µs", "us/load": "µs/load"}
+SPEEDS = ("ns", "us", "ms", "us/load", "1/s", "MB", "bytes")      # units of which less or more is plainly better
 
 
 def number(value):
@@ -36,7 +37,7 @@ def median(result, key):
 def ratio(result, key="rs/rs", base="zeo/zeo"):
     """How many times better than the peer: above 1 is better whatever the unit."""
     ours, theirs = median(result, key), median(result, base)
-    if not ours or not theirs:
+    if not ours or not theirs or result["unit"] not in SPEEDS:
         return None
     return ours / theirs if result["better"] == "higher" else theirs / ours
 

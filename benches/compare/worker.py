@@ -7,7 +7,7 @@ import importlib
 import json
 import sys
 
-JOBS = ("loads", "commits", "sync", "blobs", "latency", "application")
+JOBS = ("application", "blobs", "commits", "engine", "latency", "loads", "sync")
 
 
 class Database:

@@ -1,0 +1,59 @@
+"""Latencies of single loads while another client keeps the server busy. Exact percentiles of all samples."""
+import shutil
+
+from . import data
+from .harness import run_on
+
+WORK = ("idle", "during a commit of 100 MB", "during a blob upload", "during pack")
+
+
+def run(bench):
+    objects = bench.size(20_000, 200_000)
+    source = data.database(bench.data_dir, objects)
+    first = data.first_leaf(objects)
+    seconds = bench.size(2, 6)
+    megabytes = bench.size(10, 100)
+    rounds = min(3, bench.rounds)
+
+    def activity(work):
+        return {
+            WORK[1]: ("latency.commit_bytes", {"megabytes": megabytes, "seconds": seconds}),
+            WORK[2]: ("blobs.upload", {"size": bench.size(16, 256, 1024) << 20, "seconds": seconds}),
+            WORK[3]: ("latency.pack", {}),
+        }[work]
+
+    for work in WORK:
+        if bench.chosen and work.split()[-1] not in bench.chosen:
+            continue
+
+        def measure(client, server):
+            target = bench.server(server, source)
+            directory = bench.directory("tails")
+            try:
+                sampler = ("latency.sample", {"first": first, "objects": objects, "seconds": seconds})
+                if work == WORK[0]:
+                    report, = run_on(bench.workers(client, 1), target.addr, [sampler])
+                    times = [duration for _, duration in report["samples"]]
+                else:
+                    name, arguments = activity(work)
+                    ends = {"stop": f"{directory}/stop"}
+                    sampler[1].update(ends, seconds=120)
+                    arguments = dict(arguments, **ends)
+                    if name == "blobs.upload":
+                        arguments["directory"] = directory
+                    report, other = run_on(bench.workers(client, 2), target.addr, [sampler, (name, arguments)], timeout=300)
+                    times = [duration for begin, duration in report["samples"]
+                             if any(a <= begin + duration and begin <= b for a, b in other["intervals"])]
+            finally:
+                bench.discard([target])
+                shutil.rmtree(directory, ignore_errors=True)
+            times.sort()
+            if not times:
+                return {"samples": 0}
+            at = {name: times[min(len(times) - 1, int(len(times) * part))] / 1e3
+                  for name, part in (("p50", 0.5), ("p99", 0.99), ("p99.9", 0.999))}
+            return {**at, "max": times[-1] / 1e3, "samples": len(times)}
+        idle = work == WORK[0]
+        bench.alternate("tails", f"load {work}", {**dict.fromkeys(("p50", "p99", "p99.9", "max"), "us"), "samples": ""},
+                        measure, bench.pairs(), rounds=rounds, limit={"p50": lambda: bench.limits.roundtrip() * 1e6} if idle else None,
+                        target={} if idle else {"p99": "<= 3x idle p99"})
