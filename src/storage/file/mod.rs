@@ -2,20 +2,51 @@
 //!
 //! | file | what |
 //! | --- | --- |
-//! | `format`, `file`, `index` | headers, the file as the engine sees it, oid → position |
-//! | `pack`, `check` | pack and verification |
+//! | `format`, `file`, `index` | headers; the file as the engine sees it; oid → position |
+//! | `snapshot` | a file with its index, and reading records from it: the path of a load |
+//! | `transactions`, `samples`, `iterate` | walking over transactions |
+//! | `open`, `scan`, `index_file`, `lock`, `oids` | opening, recovery, the files beside Data.fs |
+//! | `pending`, `undo`, `space`, `commit` | two-phase commit |
+//!
+//! # Locks
+//! Readers take none (an atomic pointer to the [`Snapshot`]). `writer` is held by a finish and by pack's switch.
+//! `oids`, `saved_index` and the ones of `space` and `samples` are held for moments (`saved_index` while an index is
+//! saved) and under no other lock than `writer`.
 
+mod commit;
 pub mod file;
 pub mod format;
 pub mod index;
+mod index_file;
+mod iterate;
+mod lock;
+mod oids;
+mod open;
+mod pending;
+mod samples;
+mod scan;
+mod snapshot;
+mod space;
+mod storage;
+mod transactions;
+mod undo;
 
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+
+use arc_swap::ArcSwap;
 
 use self::file::StorageFile;
 use self::index::Index;
-use crate::ids::Tid;
+use self::lock::LockFile;
+use self::oids::OidSupply;
+pub use self::pending::{Applied, Pending};
+use self::samples::Samples;
+pub use self::snapshot::Snapshot;
+use self::space::Space;
+use crate::ids::{Oid, Tid};
+use crate::storage::blob::BlobDir;
 use crate::storage::{Result, StorageError};
 
 /// How to open a [`FileStorage`]; ZODB's constructor arguments.
@@ -49,13 +80,6 @@ impl Default for FileStorageOptions {
     }
 }
 
-/// What readers need: a file and the index into it. A pack replaces both at once; whoever holds the old pair goes on
-/// reading the old file.
-pub struct Snapshot {
-    pub file: Arc<dyn StorageFile>,
-    pub index: Index,
-}
-
 /// A packed file that is ready to replace the current one.
 pub struct Packed {
     pub file: Arc<dyn StorageFile>,
@@ -66,20 +90,30 @@ pub struct Packed {
 
 /// A ZODB FileStorage.
 pub struct FileStorage {
+    /// As it was given.
+    name: String,
     /// Absolute, whatever the current directory becomes.
     path: PathBuf,
     options: FileStorageOptions,
-    snapshot: RwLock<Arc<Snapshot>>,
-    /// End of the last published transaction in the snapshot's file.
-    end: AtomicU64,
+    current: ArcSwap<Snapshot>,
     last_tid: AtomicU64,
+    closed: AtomicBool,
     writer: Mutex<Writer>,
+    space: Space,
+    oids: Mutex<OidSupply>,
+    blobs: Option<Arc<BlobDir>>,
+    lock: Mutex<Option<LockFile>>,
+    /// What the saved index covers: the file, up to where. Held while one is saved.
+    saved_index: Mutex<Option<(Weak<Snapshot>, u64)>>,
+    used_index: bool,
 }
 
-/// State of whoever appends; its mutex is the only lock of a commit and no reader takes it.
+/// State of whoever appends.
 struct Writer {
     /// An I/O error after which nothing is written any more.
     failed: Option<String>,
+    /// The largest tid given or seen.
+    last_generated: Tid,
 }
 
 impl FileStorage {
@@ -92,25 +126,42 @@ impl FileStorage {
         &self.options
     }
 
-    /// The file and index of this moment. Costs a read lock and a reference count.
-    pub(crate) fn snapshot(&self) -> Arc<Snapshot> {
-        self.snapshot.read().unwrap_or_else(PoisonError::into_inner).clone()
+    pub fn blob_dir(&self) -> Option<&Arc<BlobDir>> {
+        self.blobs.as_ref()
     }
 
-    /// End of the last published transaction: everything below belongs to the file for good (until a pack).
-    pub(crate) fn end(&self) -> u64 {
-        self.end.load(Ordering::Acquire)
+    /// Whether the last opening found a usable index file.
+    pub fn used_index(&self) -> bool {
+        self.used_index
     }
 
-    pub fn last_tid(&self) -> Tid {
-        Tid(self.last_tid.load(Ordering::Acquire))
+    /// The file and index of this moment. Costs an atomic pointer load and a reference count.
+    pub fn snapshot(&self) -> Arc<Snapshot> {
+        self.current.load_full()
+    }
+
+    /// The largest oid given or stored, ZODB's `_oid`.
+    pub fn max_oid(&self) -> Oid {
+        lock(&self.oids).last()
+    }
+
+    /// A client uses an oid of its own choice: oids given later are above it (ZODB's `set_max_oid`).
+    pub fn note_oid(&self, oid: Oid) {
+        lock(&self.oids).note_used(oid);
+    }
+
+    /// A tid later than all before, for a transaction whose tid must be known before it is finished. It must be finished
+    /// before any other.
+    pub fn new_tid(&self) -> Tid {
+        lock(&self.writer).tid_for(None)
     }
 
     /// Replaces file and index after a pack. `rename` puts the packed file in the old one's place; if it fails, nothing
-    /// has changed. The caller holds the whole storage: nothing is voted.
+    /// has changed. The caller holds the whole storage: nothing is voted, nobody is putting a transaction together.
     pub(crate) fn switch(&self, packed: Packed, rename: &mut dyn FnMut() -> Result<()>) -> Result<()> {
-        let writer = self.writable()?;
-        if !packed.file.try_lock().map_err(|e| StorageError::io("cannot lock the packed file", e))? {
+        let _writer = self.writable()?;
+        let failed = |e| StorageError::io("cannot lock the packed file", e);
+        if lock(&self.lock).is_some() && !packed.file.try_lock().map_err(failed)? {
             return Err(StorageError::Locked(format!(
                 "the packed file of {} is locked",
                 self.path.display()
@@ -118,19 +169,78 @@ impl FileStorage {
         }
         rename()?;
         let Packed { file, index, end } = packed;
-        let mut current = self.snapshot.write().unwrap_or_else(PoisonError::into_inner);
-        *current = Arc::new(Snapshot { file, index });
-        self.end.store(end, Ordering::Release);
-        drop(current);
-        drop(writer);
+        let name = self.current.load().name().clone();
+        self.current.store(Arc::new(Snapshot::new(file, index, end, Samples::default(), name)));
+        self.space.forget();
         Ok(())
     }
 
+    /// Saves the index, unless the saved one is of this moment already. Commits go on meanwhile.
+    pub(crate) fn save_index(&self) -> Result<()> {
+        let mut saved = lock(&self.saved_index);
+        let snapshot = self.snapshot();
+        let same =
+            |file: &Weak<Snapshot>, end| file.as_ptr() == Arc::as_ptr(&snapshot) && end == snapshot.end();
+        if !saved.as_ref().is_some_and(|(file, end)| same(file, *end)) {
+            let end = index_file::save(&self.path, &snapshot)?;
+            *saved = Some((Arc::downgrade(&snapshot), end));
+        }
+        Ok(())
+    }
+
+    /// Saves the index, gives back reserved space and oids, releases the locks. Loads fail from here on.
+    pub(crate) fn close_files(&self) -> Result<()> {
+        let writer = lock(&self.writer);
+        if self.closed.swap(true, Ordering::AcqRel) || self.options.read_only {
+            return Ok(());
+        }
+        let snapshot = self.snapshot();
+        let end = snapshot.end();
+        if self.space.is_reserved_beyond(end) && writer.failed.is_none() {
+            if let Err(e) = snapshot.file.set_len(end) {
+                tracing::warn!("cannot give back reserved space: {e}");
+            }
+        }
+        for result in [self.save_index(), lock(&self.oids).close()] {
+            if let Err(e) = result {
+                tracing::warn!("{e}");
+            }
+        }
+        let unlocked = snapshot.file.unlock();
+        drop(lock(&self.lock).take());
+        unlocked.map_err(|e| StorageError::io("cannot unlock the data file", e))
+    }
+
+    /// The current snapshot, for reading.
+    fn reading(&self) -> Result<arc_swap::Guard<Arc<Snapshot>>> {
+        if self.closed.load(Ordering::Acquire) {
+            return Err(StorageError::Closed);
+        }
+        Ok(self.current.load())
+    }
+
     fn writable(&self) -> Result<MutexGuard<'_, Writer>> {
-        let writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.options.read_only {
+            return Err(StorageError::ReadOnly);
+        }
+        let writer = lock(&self.writer);
         match &writer.failed {
+            _ if self.closed.load(Ordering::Acquire) => Err(StorageError::Closed),
             Some(error) => Err(StorageError::PreviousIo(error.clone())),
             None => Ok(writer),
         }
     }
+}
+
+impl Drop for FileStorage {
+    fn drop(&mut self) {
+        if let Err(e) = self.close_files() {
+            tracing::warn!("{e}");
+        }
+    }
+}
+
+/// A panic elsewhere leaves these data whole: every change of them is a single step.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -1,0 +1,244 @@
+//! Finish: a group of voted transactions becomes part of the file.
+//!
+//! 1. Blob files get their names (durably), now that the tids are known.
+//! 2. All transactions are encoded with their final positions and appended, status byte and trailing lengths included.
+//! 3. One `fdatasync`.
+//! 4. For each in order: index, end of file, `publish`, last tid.
+//!
+//! Readers take no part in it: what is not published lies beyond what the index points to. A crash before the end of 3
+//! leaves a beginning of the append (perhaps followed by zeros), which the scan on opening recognises and cuts off: a
+//! transaction is there whole or not at all, and nobody was told of it. After an error in 1 to 3 the append is cut off
+//! again and the storage takes no more writes: after a failed sync nobody knows what the disk has.
+//!
+//! Cost: one mutex, one `pwrite` for each [`SPILL`] bytes, one `fdatasync` for the group; an index lookup and an
+//! update for each record; one copy of the data.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use bytes::Bytes;
+use rustc_hash::FxHashMap;
+
+use super::file::StorageFile;
+use super::format::{DataHeader, TxnHeader, status};
+use super::pending::{Body, Voted};
+use super::snapshot::Snapshot;
+use super::{FileStorage, Writer};
+use crate::ids::{Oid, Tid};
+use crate::storage::blob::BlobDir;
+use crate::storage::{Committed, Result, StorageError, VotedTxn};
+
+/// The append is written in pieces of about this size; payloads larger than it are not copied.
+const SPILL: usize = 4 << 20;
+
+/// A transaction of the group with its place in the file.
+struct Placed {
+    tid: Tid,
+    end: u64,
+    oids: Arc<[Oid]>,
+    positions: Vec<(Oid, u64)>,
+}
+
+impl FileStorage {
+    /// See [`crate::storage::Storage::finish`] and the module documentation.
+    pub(super) fn finish_group(
+        &self,
+        group: Vec<VotedTxn>,
+        publish: &mut dyn FnMut(&Committed),
+    ) -> Result<()> {
+        let mut voted = Vec::with_capacity(group.len());
+        for VotedTxn { oids, state, .. } in group {
+            let state = state.downcast::<Voted>();
+            let state = state.map_err(|_| StorageError::Transaction("voted by another storage".into()))?;
+            voted.push((Arc::<[Oid]>::from(oids), *state));
+        }
+        let mut writer = self.writable()?;
+        let snapshot = self.reading()?;
+        let old_end = snapshot.end();
+        let mut named = Vec::new();
+        let result = self.append(&mut writer, &snapshot, &mut voted, &mut named);
+        let placed = result.inspect_err(|error| self.fail(&mut writer, &snapshot, old_end, &named, error))?;
+        for (index, placed) in placed.into_iter().enumerate() {
+            for (oid, pos) in placed.positions {
+                snapshot.index.insert(oid, pos);
+            }
+            snapshot.set_end(placed.end);
+            publish(&Committed { index, tid: placed.tid, oids: placed.oids });
+            self.last_tid.store(placed.tid.0, Ordering::Release);
+        }
+        Ok(())
+    }
+
+    /// Steps 1 to 3. `named` collects the blob files that got their names.
+    fn append(
+        &self,
+        writer: &mut Writer,
+        snapshot: &Snapshot,
+        group: &mut [(Arc<[Oid]>, Voted)],
+        named: &mut Vec<(Oid, Tid)>,
+    ) -> Result<Vec<Placed>> {
+        let mut append = Append { file: &*snapshot.file, buf: Vec::new(), pos: snapshot.end() };
+        let mut placed: Vec<Placed> = Vec::with_capacity(group.len());
+        // Where earlier transactions of the group put an object: its previous record, before the index knows.
+        let mut earlier: FxHashMap<Oid, u64> = FxHashMap::default();
+        let several = group.len() > 1;
+        for (oids, txn) in group {
+            let tid = writer.tid_for(txn.tid);
+            if let Some(dir) = txn.blobs.dir.clone() {
+                for (oid, serial, file) in txn.blobs.files.drain(..) {
+                    let serial = serial.unwrap_or(tid);
+                    name_blob(&dir, &file, oid, serial)?;
+                    named.push((oid, serial));
+                }
+            }
+            let start = append.pos;
+            let previous = |oid| earlier.get(&oid).copied().or_else(|| snapshot.index.get(oid)).unwrap_or(0);
+            let positions = append.transaction(txn, tid, &previous).map_err(|e| self.cannot_write(e))?;
+            // Records of an obsolete undone transaction do not count, now as after the next opening.
+            let counted = if txn.status == status::UNDONE { Vec::new() } else { positions };
+            if several {
+                earlier.extend(counted.iter().copied());
+            }
+            snapshot.note(tid, start);
+            placed.push(Placed { tid, end: append.pos, oids: oids.clone(), positions: counted });
+        }
+        append.flush().and_then(|()| snapshot.file.sync_data()).map_err(|e| self.cannot_write(e))?;
+        Ok(placed)
+    }
+
+    fn cannot_write(&self, error: std::io::Error) -> StorageError {
+        StorageError::io(format!("cannot write {}", self.path.display()), error)
+    }
+
+    /// Takes back an append that failed, as far as possible, and stops the storage from writing.
+    fn fail(
+        &self,
+        writer: &mut Writer,
+        snapshot: &Snapshot,
+        end: u64,
+        named: &[(Oid, Tid)],
+        error: &StorageError,
+    ) {
+        let cut = snapshot.file.set_len(end).and_then(|()| snapshot.file.sync_data());
+        let mut text = match error {
+            StorageError::Io { source, .. } => format!("{error}: {source}"),
+            _ => error.to_string(),
+        };
+        if let Err(e) = cut {
+            text = format!(
+                "{text}; the bytes from {end} on belong to no transaction and could not be cut off: {e}"
+            );
+        }
+        tracing::error!("{}: no more writes: {text}", self.path.display());
+        self.space.forget();
+        if let Some(dir) = &self.blobs {
+            for &(oid, tid) in named {
+                if let Err(e) = dir.remove(oid, tid) {
+                    tracing::warn!("a blob file of an unfinished transaction stays: {e}");
+                }
+            }
+        }
+        writer.failed = Some(text);
+    }
+}
+
+/// A failure leaves the file to be discarded.
+fn name_blob(dir: &BlobDir, file: &std::path::Path, oid: Oid, tid: Tid) -> Result<()> {
+    dir.publish(file, oid, tid).inspect_err(|_| dir.discard(file))
+}
+
+impl Writer {
+    /// The given tid, or the present time, but later than every tid before.
+    pub(super) fn tid_for(&mut self, given: Option<Tid>) -> Tid {
+        let tid = given.unwrap_or_else(|| now().later_than(self.last_generated));
+        self.last_generated = self.last_generated.max(tid);
+        tid
+    }
+}
+
+pub(super) fn now() -> Tid {
+    Tid::from_unix(SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64()))
+}
+
+/// Bytes on their way to the end of the file.
+struct Append<'a> {
+    file: &'a dyn StorageFile,
+    /// Not written yet; they end at `pos`.
+    buf: Vec<u8>,
+    pos: u64,
+}
+
+impl Append<'_> {
+    /// Encodes a transaction; answers where its records are.
+    fn transaction(
+        &mut self,
+        txn: &Voted,
+        tid: Tid,
+        previous: &dyn Fn(Oid) -> u64,
+    ) -> std::io::Result<Vec<(Oid, u64)>> {
+        let start = self.pos;
+        // Without the trailing copy of the length.
+        let tlen = txn.space.len - 8;
+        // At most 65535 each, checked at begin.
+        let len = |part: &Bytes| part.len() as u16;
+        let header = TxnHeader {
+            tid,
+            tlen,
+            status: txn.status,
+            user_len: len(&txn.meta.user),
+            description_len: len(&txn.meta.description),
+            extension_len: len(&txn.meta.extension),
+        };
+        self.put(&header.encode())?;
+        for part in [&txn.meta.user, &txn.meta.description, &txn.meta.extension] {
+            self.put(part)?;
+        }
+        let mut positions = Vec::with_capacity(txn.records.len());
+        for record in &txn.records {
+            positions.push((record.oid, self.pos));
+            let plen = match &record.body {
+                Body::Data(data) => data.len() as u64,
+                Body::Back(_) | Body::Tombstone => 0,
+            };
+            let header = DataHeader {
+                oid: record.oid,
+                tid: record.tid.unwrap_or(tid),
+                prev: previous(record.oid),
+                tloc: start,
+                version_len: 0,
+                plen,
+            };
+            self.put(&header.encode())?;
+            match &record.body {
+                Body::Data(data) => self.put(data)?,
+                Body::Back(pos) => self.put(&pos.to_be_bytes())?,
+                Body::Tombstone => self.put(&[0; 8])?,
+            }
+        }
+        self.put(&tlen.to_be_bytes())?;
+        debug_assert_eq!(self.pos - start, txn.space.len);
+        Ok(positions)
+    }
+
+    fn put(&mut self, bytes: &[u8]) -> std::io::Result<()> {
+        if self.buf.len() + bytes.len() > SPILL {
+            self.flush()?;
+        }
+        if bytes.len() > SPILL {
+            self.file.write_at(bytes, self.pos)?;
+        } else {
+            self.buf.extend_from_slice(bytes);
+        }
+        self.pos += bytes.len() as u64;
+        Ok(())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        if !self.buf.is_empty() {
+            self.file.write_at(&self.buf, self.pos - self.buf.len() as u64)?;
+            self.buf.clear();
+        }
+        Ok(())
+    }
+}
