@@ -1,0 +1,116 @@
+//! The server's side: every client must show a certificate, as with ZEO's `<ssl>` section.
+
+use std::path::PathBuf;
+use std::sync::{Arc, RwLock};
+use std::time::Duration;
+
+use rustls::ServerConfig;
+use rustls::server::{Acceptor, NoServerSessionStorage};
+use rustls::sign::SingleCertAndKey;
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
+use tokio_rustls::LazyConfigAcceptor;
+use tokio_rustls::server::TlsStream;
+
+use super::explain::Explain;
+use super::key::{Identity, Password};
+use super::verify::PeerVerifier;
+use super::{Authenticate, PemSource, TlsError, Trust, provider, read_added};
+
+/// What a plaintext client that waited in silence is sent before it is hung up on: the alert `handshake_failure`, by which ours knows that
+/// the server speaks TLS.
+const SILENCE_ALERT: [u8; 7] = [0x15, 3, 3, 0, 2, 2, 40];
+
+/// ZEO's server `<ssl>` section.
+#[derive(Debug, Clone)]
+pub struct ServerTlsOptions {
+    /// PEM: this server's certificate, then what leads to its CA, if anything; perhaps the key.
+    pub certificate: PathBuf,
+    /// PEM: the key, if it is not in `certificate`.
+    pub key: Option<PathBuf>,
+    pub password: Option<Password>,
+    /// Which clients may connect.
+    pub authenticate: Authenticate,
+}
+
+/// A server's certificate, key and trust, as read last.
+#[derive(Debug)]
+pub struct ServerTls {
+    options: ServerTlsOptions,
+    identity: RwLock<Arc<Identity>>,
+    trust: Trust,
+}
+
+impl ServerTls {
+    /// Reads and checks everything; errors name the file at fault.
+    pub fn new(options: ServerTlsOptions) -> Result<Self, TlsError> {
+        let identity = RwLock::new(Arc::new(options.identity()?));
+        let trust = Trust::load(options.authenticate.clone())?;
+        Ok(Self { options, identity, trust })
+    }
+
+    /// Reads the files again, for new connections (SIGHUP). On an error everything stays as it was.
+    pub fn reload(&self) -> Result<(), TlsError> {
+        let identity = Arc::new(self.options.identity()?);
+        self.trust.reload()?;
+        *self.identity.write().unwrap_or_else(std::sync::PoisonError::into_inner) = identity;
+        Ok(())
+    }
+
+    /// Accepts these certificates too, from now on and over [`Self::reload`]: how `authenticate DYNAMIC` is filled.
+    pub fn trust(&self, pem: PemSource<'_>) -> Result<(), TlsError> {
+        self.trust.add(read_added(pem)?)
+    }
+
+    /// The handshake, on a connection just accepted; `peer` is its name in messages. Costs a stat if `authenticate` is a directory,
+    /// a clone of some `Arc`s, and the handshake's cryptography (about a millisecond), which runs on the calling task.
+    ///
+    /// Whoever says nothing, or nothing of TLS, is told by an alert and by the error's text that this is TLS.
+    pub async fn accept<S>(&self, stream: S, peer: &str, within: Duration) -> Result<TlsStream<S>, TlsError>
+    where
+        S: AsyncRead + AsyncWrite + Unpin,
+    {
+        let identity = self.identity.read().unwrap_or_else(std::sync::PoisonError::into_inner).clone();
+        let provider = provider();
+        let algorithms = provider.signature_verification_algorithms;
+        let (verifier, said) = PeerVerifier::new(self.trust.current(), false, algorithms);
+        let explain = Explain {
+            peer: format!("the client {peer}"),
+            is_client: false,
+            own: Some(identity.name.clone()),
+            said,
+        };
+
+        let deadline = tokio::time::Instant::now() + within;
+        let mut hello = std::pin::pin!(LazyConfigAcceptor::new(Acceptor::default(), stream));
+        let start = match tokio::time::timeout_at(deadline, hello.as_mut()).await {
+            Ok(Ok(start)) => start,
+            Ok(Err(error)) => return Err(explain.io(&error)),
+            Err(_) => {
+                if let Some(mut stream) = hello.take_io() {
+                    let told = stream.write_all(&SILENCE_ALERT);
+                    // It is hung up on anyway.
+                    let _ = tokio::time::timeout(Duration::from_secs(1), told).await;
+                }
+                return Err(explain.silent(within.as_secs()));
+            }
+        };
+        let mut config = ServerConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .map_err(|error| explain.rustls(&error))?
+            .with_client_cert_verifier(verifier)
+            .with_cert_resolver(Arc::new(SingleCertAndKey::from(identity.certified.clone())));
+        config.session_storage = Arc::new(NoServerSessionStorage {});
+        config.send_tls13_tickets = 0;
+        match tokio::time::timeout_at(deadline, start.into_stream(Arc::new(config))).await {
+            Ok(Ok(stream)) => Ok(stream),
+            Ok(Err(error)) => Err(explain.io(&error)),
+            Err(_) => Err(explain.closed()),
+        }
+    }
+}
+
+impl ServerTlsOptions {
+    fn identity(&self) -> Result<Identity, TlsError> {
+        Identity::load(&self.certificate, self.key.as_deref(), self.password.as_ref(), &provider())
+    }
+}
