@@ -51,8 +51,8 @@ pub fn encode_extension(extension: &Value) -> Result<Bytes, PickleError> {
 #[derive(Default)]
 struct Memo {
     next: u32,
-    /// Values of which CPython has only one instance (empty and one-character Latin-1 text, empty and one-byte
-    /// bytes): after the first, the pickler writes a reference.
+    /// Values of which Python has only one instance (classes, empty and one-character Latin-1 text, empty and
+    /// one-byte bytes): after the first, the pickler writes a reference.
     singletons: Vec<(Value, u32)>,
 }
 
@@ -244,7 +244,7 @@ impl<'a> Writer<'a> {
                     self.out.put_slice(line.as_bytes());
                     self.out.put_u8(b'\n');
                 }
-                self.put();
+                self.put_singleton(value, true);
             }
             Value::Call { callable, args, state } => {
                 self.nested(callable, depth + 1)?;

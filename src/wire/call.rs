@@ -20,7 +20,7 @@ pub enum MessageId {
 pub type TxnKey = Value;
 
 /// One message from a client.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Request {
     pub id: MessageId,
     /// True: the client waits for no answer; an error closes the connection.

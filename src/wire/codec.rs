@@ -25,9 +25,13 @@ const REPLY: &str = ".reply";
 /// The connection is to be closed: not decodable, or not a 4-tuple. A call that is wrong in itself is an
 /// `Err` in [`Request::call`].
 pub fn decode_request(encoding: Encoding, frame: &Bytes) -> Result<Request, WireError> {
-    if let Some(request) = fast::request(encoding, frame) {
-        return Ok(request);
+    match fast::request(encoding, frame) {
+        Some(request) => Ok(request),
+        None => decode_request_generally(encoding, frame),
     }
+}
+
+pub(super) fn decode_request_generally(encoding: Encoding, frame: &Bytes) -> Result<Request, WireError> {
     let message = Message::decode(encoding, frame, Globals::Request)?;
     if message.id == MessageId::Seq(-1) {
         return Ok(Request { id: message.id, is_async: true, call: Ok(Call::KeepAlive) });
@@ -84,9 +88,16 @@ pub fn encode_keep_alive(encoding: Encoding, out: &mut BytesMut) -> Result<(), W
 /// # Errors
 /// The connection is to be closed.
 pub fn decode_server_message(encoding: Encoding, frame: &Bytes) -> Result<ServerMessage, WireError> {
-    if let Some(message) = fast::server_message(encoding, frame) {
-        return Ok(message);
+    match fast::server_message(encoding, frame) {
+        Some(message) => Ok(message),
+        None => decode_server_message_generally(encoding, frame),
     }
+}
+
+pub(super) fn decode_server_message_generally(
+    encoding: Encoding,
+    frame: &Bytes,
+) -> Result<ServerMessage, WireError> {
     let Message { id, flag, name, args } = Message::decode(encoding, frame, Globals::Any)?;
     match (name.as_str(), flag) {
         (REPLY, false) => Ok(reply_codec::parse_reply(id, args)),
@@ -131,16 +142,22 @@ pub fn encode_loaded(
     {
         return Ok(());
     }
-    put_message(encoding, Foreign::Text, out, |e| {
-        emit_id(id, e)?;
-        e.int(0)?;
-        e.str(REPLY)?;
-        e.optional(loaded, |e, (data, tid, end_tid)| {
-            e.tuple(3, |e| {
-                e.bytes(data)?;
-                e.tid(tid)?;
-                e.optional(end_tid, Emitter::tid)
-            })
+    put_message(encoding, Foreign::Text, out, |e| emit_loaded(id, loaded, e))
+}
+
+pub(super) fn emit_loaded(
+    id: &MessageId,
+    loaded: Option<(&[u8], Tid, Option<Tid>)>,
+    e: &mut Emitter<'_>,
+) -> Result<(), WireError> {
+    emit_id(id, e)?;
+    e.int(0)?;
+    e.str(REPLY)?;
+    e.optional(loaded, |e, (data, tid, end_tid)| {
+        e.tuple(3, |e| {
+            e.bytes(data)?;
+            e.tid(tid)?;
+            e.optional(end_tid, Emitter::tid)
         })
     })
 }
@@ -179,7 +196,7 @@ pub fn encode_notice(encoding: Encoding, notice: &Notice, out: &mut BytesMut) ->
 }
 
 /// A frame with the 4-tuple whose items `write` writes.
-fn put_message(
+pub(super) fn put_message(
     encoding: Encoding,
     foreign: Foreign,
     out: &mut BytesMut,
@@ -197,7 +214,7 @@ fn put_message(
     })
 }
 
-fn emit_id(id: &MessageId, e: &mut Emitter<'_>) -> Result<(), WireError> {
+pub(super) fn emit_id(id: &MessageId, e: &mut Emitter<'_>) -> Result<(), WireError> {
     match id {
         MessageId::Seq(number) => e.int(*number),
         MessageId::Load { oid, before } => e.tuple(2, |e| {

@@ -21,6 +21,8 @@ pub mod fault;
 pub mod frame;
 pub mod handshake;
 mod msgpack;
+#[cfg(test)]
+mod proptests;
 pub mod reply;
 mod reply_codec;
 
