@@ -15,6 +15,9 @@
 //! | [`pickle`] | data-only pickle: decode, encode, find references | nothing |
 //! | [`ids`], [`limits`] | [`ids::Oid`], [`ids::Tid`]; every bound in one place | nothing |
 
+pub mod cache;
+#[cfg(feature = "net")]
+pub mod client;
 pub mod ids;
 pub mod limits;
 #[cfg(feature = "net")]
