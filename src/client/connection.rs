@@ -1,0 +1,586 @@
+//! One registered connection: who waits for what, who writes, who reads.
+//!
+//! # Who reads
+//! Messages must be applied one by one in wire order (C1), so there is one reader at a time. A caller that waits for an
+//! answer reads the socket itself if nobody else does (it *leads*): it applies every message that comes, its own answer
+//! last, and goes on with its work. A miss with one thread so costs one `send`, one or two `recv` and no thread switch. Other
+//! callers sleep on their [`Slot`]; a leader that leaves wakes one of them to lead. If nobody waits, the background thread
+//! (`keeper.rs`) reads.
+//!
+//! Invalidations end in a call of Python code, which must not run on a caller's thread (it may hold
+//! locks that the callback wants). A leader that meets one leaves it where it is and stops; nothing behind it is
+//! touched until the background thread has applied it.
+//!
+//! # Locks
+//! `shared` (who waits, who reads; held for a few instructions), `out` (while writing), `inbox` (by the
+//! reader, uncontended). None of them is held while Python code runs, except `inbox`, for which nobody waits.
+
+use std::collections::VecDeque;
+use std::collections::hash_map::Entry;
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use bytes::BytesMut;
+use rustc_hash::FxHashMap;
+
+use super::core::Core;
+use super::error::{ClientError, Result};
+use super::inbox::Inbox;
+use super::slot::{Answer, Slot};
+use super::stream::{Stream, Wake};
+use super::transaction::Finish;
+use crate::ids::{Oid, Tid};
+use crate::pickle::Value;
+use crate::storage::Loaded;
+use crate::wire::{self, Call, Encoding, MessageId, Notice, ServerMessage};
+
+/// One-way calls are collected up to here before they are written.
+const FLUSH_AT: usize = 64 << 10;
+/// A write buffer larger than this is given back after use.
+const KEEP_BUFFER: usize = 1 << 20;
+/// Waiters that are done are dropped from the queue when it gets this long.
+const WAITERS: usize = 64;
+
+pub(super) struct Connection {
+    pub(super) stream: Stream,
+    pub(super) encoding: Encoding,
+    /// Which connection of the client this is; transactions remember it.
+    pub(super) generation: u64,
+    core: Arc<Core>,
+    wake: Arc<Wake>,
+    next_id: AtomicI64,
+    /// Counts leaders: the background thread keeps out of the way while it changes.
+    activity: AtomicU64,
+    dead: AtomicBool,
+    shared: Mutex<Shared>,
+    out: Mutex<BytesMut>,
+    inbox: Mutex<Inbox>,
+}
+
+#[derive(Default)]
+struct Shared {
+    /// Why it is over.
+    reason: Option<ClientError>,
+    reader: Reader,
+    calls: FxHashMap<i64, Pending>,
+    /// Identical loads wait for the same answer. A prefetch has no waiter at all.
+    loads: FxHashMap<(Oid, Tid), Vec<Arc<Slot>>>,
+    /// Callers asleep, to be promoted.
+    waiters: VecDeque<Arc<Slot>>,
+}
+
+#[derive(Clone, Copy, Default, PartialEq)]
+enum Reader {
+    #[default]
+    Nobody,
+    Somebody,
+    /// Nobody may read: the next message is for the background thread.
+    Parked,
+}
+
+enum Pending {
+    Call(Arc<Slot>),
+    Finish(Arc<Slot>, Box<Finish>),
+}
+
+impl Connection {
+    pub(super) fn new(
+        stream: Stream,
+        encoding: Encoding,
+        generation: u64,
+        first_id: i64,
+        inbox: Inbox,
+        core: Arc<Core>,
+        wake: Arc<Wake>,
+    ) -> Self {
+        Self {
+            stream,
+            encoding,
+            generation,
+            core,
+            wake,
+            next_id: AtomicI64::new(first_id),
+            activity: AtomicU64::new(0),
+            dead: AtomicBool::new(false),
+            shared: Mutex::default(),
+            out: Mutex::default(),
+            inbox: Mutex::new(inbox),
+        }
+    }
+
+    // ---- calls
+
+    /// Sends a call and waits for its answer.
+    pub(super) fn call(&self, call: &Call) -> Result<Value> {
+        let slot = Slot::new();
+        let id = self.next_id();
+        self.expect(id, Pending::Call(slot.clone()))?;
+        self.send(&MessageId::Seq(id), false, call)?;
+        match self.wait(&slot)? {
+            Answer::Value(value) => Ok(value),
+            Answer::Loaded(_) => Err(wrong_answer("a call")),
+        }
+    }
+
+    /// `tpc_finish`: whoever reads the answer applies it before the next message.
+    pub(super) fn finish(&self, call: &Call, finish: Finish) -> Result<Value> {
+        let slot = Slot::new();
+        let id = self.next_id();
+        self.expect(id, Pending::Finish(slot.clone(), Box::new(finish)))?;
+        self.send(&MessageId::Seq(id), false, call)?;
+        match self.wait(&slot)? {
+            Answer::Value(value) => Ok(value),
+            Answer::Loaded(_) => Err(wrong_answer("tpc_finish")),
+        }
+    }
+
+    /// `loadBefore`, merged with an identical one that is on its way.
+    ///
+    /// Cost without company: two short locks, one `send`, one blocking `recv` (the answer is usually one segment).
+    pub(super) fn load_before(&self, oid: Oid, before: Tid) -> Result<Option<Loaded>> {
+        let slot = Slot::new();
+        let first = {
+            let mut shared = self.shared();
+            shared.check()?;
+            match shared.loads.entry((oid, before)) {
+                Entry::Vacant(entry) => {
+                    entry.insert(vec![slot.clone()]);
+                    true
+                }
+                Entry::Occupied(mut entry) => {
+                    entry.get_mut().push(slot.clone());
+                    false
+                }
+            }
+        };
+        if first {
+            self.send(&MessageId::Load { oid, before }, false, &Call::LoadBefore { oid, before })?;
+        }
+        match self.wait(&slot)? {
+            Answer::Loaded(loaded) => Ok(loaded),
+            Answer::Value(_) => Err(wrong_answer("loadBefore")),
+        }
+    }
+
+    /// Sends loads whose answers go to the cache, in as few writes as possible; waits for nothing.
+    pub(super) fn prefetch(&self, oids: &[Oid], before: Tid) -> Result<()> {
+        for batch in oids.chunks(512) {
+            let new: Vec<Oid> = {
+                let mut shared = self.shared();
+                shared.check()?;
+                let mut new = Vec::with_capacity(batch.len());
+                for &oid in batch {
+                    if let Entry::Vacant(entry) = shared.loads.entry((oid, before)) {
+                        entry.insert(Vec::new());
+                        new.push(oid);
+                    }
+                }
+                new
+            };
+            let mut out = self.out();
+            for oid in new {
+                encode(
+                    &mut out,
+                    self.encoding,
+                    &MessageId::Load { oid, before },
+                    false,
+                    &Call::LoadBefore { oid, before },
+                )?;
+            }
+            self.flush(&mut out)?;
+        }
+        Ok(())
+    }
+
+    /// A one-way call. Collected and written with the next call that waits, or when there is much of it.
+    pub(super) fn send_async(&self, call: &Call) -> Result<()> {
+        self.shared().check()?;
+        let mut out = self.out();
+        encode(&mut out, self.encoding, &MessageId::Seq(0), true, call)?;
+        if out.len() >= FLUSH_AT { self.flush(&mut out) } else { Ok(()) }
+    }
+
+    /// Several one-way calls, contiguous on the wire.
+    pub(super) fn send_sequence(&self, calls: &mut dyn Iterator<Item = Result<Call>>) -> Result<()> {
+        self.shared().check()?;
+        let mut out = self.out();
+        for call in calls {
+            let encoded = call
+                .and_then(|call| encode(&mut out, self.encoding, &MessageId::Seq(0), true, &call));
+            if let Err(error) = encoded {
+                drop(out);
+                // Half a sequence cannot be taken back.
+                self.fail(ClientError::disconnected(format!("an upload broke off: {error}")));
+                return Err(error);
+            }
+            if out.len() >= FLUSH_AT {
+                self.flush(&mut out)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Sent by the background thread. Never waits behind a writer: whoever writes keeps the connection alive anyway.
+    pub(super) fn keep_alive(&self) {
+        if let Ok(mut out) = self.out.try_lock()
+            && wire::encode_keep_alive(self.encoding, &mut out).is_ok()
+        {
+            let _ = self.flush(&mut out);
+        }
+    }
+
+    fn send(&self, id: &MessageId, is_async: bool, call: &Call) -> Result<()> {
+        let mut out = self.out();
+        if let Err(error) = encode(&mut out, self.encoding, id, is_async, call) {
+            drop(out);
+            self.forget(id, &error);
+            return Err(error);
+        }
+        // A failed write has failed every waiter, this caller's slot too.
+        self.flush(&mut out).ok();
+        Ok(())
+    }
+
+    fn flush(&self, out: &mut BytesMut) -> Result<()> {
+        let written = self.stream.write_all(out);
+        out.clear();
+        if out.capacity() > KEEP_BUFFER {
+            *out = BytesMut::new();
+        }
+        written.map_err(|error| {
+            self.fail(ClientError::disconnected(format!("the connection was lost: {error}")));
+            ClientError::disconnected(format!("the connection was lost: {error}"))
+        })
+    }
+
+    /// Takes back an expectation whose call could not be encoded.
+    fn forget(&self, id: &MessageId, error: &ClientError) {
+        let mut shared = self.shared();
+        match id {
+            MessageId::Seq(id) => {
+                shared.calls.remove(id);
+            }
+            MessageId::Load { oid, before } => {
+                for slot in shared.loads.remove(&(*oid, *before)).unwrap_or_default() {
+                    slot.complete(Err(error.clone()));
+                }
+            }
+            MessageId::Other(_) => {}
+        }
+    }
+
+    fn next_id(&self) -> i64 {
+        self.next_id.fetch_add(1, Ordering::Relaxed)
+    }
+
+    fn expect(&self, id: i64, pending: Pending) -> Result<()> {
+        let mut shared = self.shared();
+        shared.check()?;
+        shared.calls.insert(id, pending);
+        Ok(())
+    }
+
+    // ---- waiting and reading
+
+    fn wait(&self, slot: &Arc<Slot>) -> Result<Answer> {
+        loop {
+            if let Some(answer) = slot.take() {
+                return answer;
+            }
+            let lead = {
+                let mut shared = self.shared();
+                if slot.is_done() {
+                    continue;
+                }
+                if let (Some(reason), true) = (&shared.reason, shared.reader != Reader::Somebody) {
+                    // Its reader took it out and died: nobody else will complete it.
+                    return Err(reason.clone());
+                }
+                if shared.reader == Reader::Nobody {
+                    shared.reader = Reader::Somebody;
+                    true
+                } else {
+                    if shared.waiters.len() >= WAITERS {
+                        shared.waiters.retain(|waiter| !waiter.is_done());
+                    }
+                    if !shared.waiters.iter().any(|waiter| Arc::ptr_eq(waiter, slot)) {
+                        shared.waiters.push_back(slot.clone());
+                    }
+                    false
+                }
+            };
+            if lead {
+                self.activity.fetch_add(1, Ordering::Relaxed);
+                let mut role = Role { connection: self, parked: false };
+                role.parked = self.read_for(slot);
+            } else {
+                slot.sleep();
+            }
+        }
+    }
+
+    /// Reads until `slot` is done. True: a message for the background thread is next.
+    fn read_for(&self, slot: &Slot) -> bool {
+        let mut inbox = self.inbox();
+        loop {
+            if self.apply_ready(&mut inbox, false) {
+                return true;
+            }
+            if slot.is_done() || self.is_dead() || !self.fill(&mut inbox, false) {
+                return false;
+            }
+        }
+    }
+
+    /// For the background thread: applies what is there, callbacks included. Returns at once if a caller reads.
+    pub(super) fn read_in_background(&self) {
+        {
+            let mut shared = self.shared();
+            if shared.reader == Reader::Somebody || shared.reason.is_some() {
+                return;
+            }
+            shared.reader = Reader::Somebody;
+        }
+        let _role = Role { connection: self, parked: false };
+        let mut inbox = self.inbox();
+        while !self.is_dead() {
+            self.apply_ready(&mut inbox, true);
+            if !self.fill(&mut inbox, true) {
+                break;
+            }
+        }
+    }
+
+    /// True if bytes may wait that the socket does not announce.
+    pub(super) fn has_buffered(&self) -> bool {
+        self.shared().reader == Reader::Parked || self.stream.has_buffered()
+    }
+
+    /// Changes whenever a caller reads.
+    pub(super) fn activity(&self) -> u64 {
+        self.activity.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn is_led(&self) -> bool {
+        self.shared().reader == Reader::Somebody
+    }
+
+    /// Applies the whole messages of the inbox in order. True: stopped before one for the background thread.
+    fn apply_ready(&self, inbox: &mut Inbox, in_background: bool) -> bool {
+        while !self.is_dead() {
+            match inbox.next(self.encoding) {
+                Ok(Some(message)) => {
+                    if !in_background && matches!(message, ServerMessage::Notice(Notice::InvalidateTransaction { .. }))
+                    {
+                        inbox.put_back(message);
+                        return true;
+                    }
+                    self.apply(message);
+                }
+                Ok(None) => return false,
+                Err(problem) => {
+                    self.fail(ClientError::disconnected(format!(
+                        "the server sent what is no ZEO message: {problem}"
+                    )));
+                }
+            }
+        }
+        false
+    }
+
+    /// Reads what the socket has. False: nothing there (only with `now`), or the connection is over.
+    fn fill(&self, inbox: &mut Inbox, now: bool) -> bool {
+        match inbox.fill(&self.stream, now) {
+            Ok(true) => true,
+            Ok(false) => {
+                self.fail(ClientError::disconnected("the server closed the connection"));
+                false
+            }
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => false,
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => true,
+            Err(error) => {
+                self.fail(ClientError::disconnected(format!("the connection was lost: {error}")));
+                false
+            }
+        }
+    }
+
+    /// One message, completely: cache first, then waiters (C1).
+    fn apply(&self, message: ServerMessage) {
+        match message {
+            ServerMessage::Loaded { oid, before, loaded } => {
+                let loaded = loaded.map(|(data, tid, end_tid)| Loaded { data, tid, end_tid });
+                self.apply_loaded(oid, before, loaded);
+            }
+            ServerMessage::Reply { id: MessageId::Load { oid, before }, value } => {
+                self.complete_load(oid, before, &Ok(Answer::Value(value)));
+            }
+            ServerMessage::Fault { id: MessageId::Load { oid, before }, fault } => {
+                self.complete_load(oid, before, &Err(ClientError::Fault(Box::new(fault))));
+            }
+            ServerMessage::Reply { id: MessageId::Seq(id), value } => self.apply_reply(id, Ok(value)),
+            ServerMessage::Fault { id: MessageId::Seq(id), fault } => {
+                self.apply_reply(id, Err(ClientError::Fault(Box::new(fault))));
+            }
+            ServerMessage::Reply { id, .. } | ServerMessage::Fault { id, .. } => {
+                tracing::error!(?id, "the server answered a call that nobody made");
+            }
+            ServerMessage::Notice(notice) => self.core.apply_notice(notice),
+            ServerMessage::UnknownNotice { name } => {
+                tracing::error!(name, "the server sent an unknown message");
+            }
+        }
+    }
+
+    fn apply_loaded(&self, oid: Oid, before: Tid, loaded: Option<Loaded>) {
+        // Taken out first: after `fail` nobody waits, and what nobody waits for does not enter the cache.
+        let Some(waiters) = self.shared().loads.remove(&(oid, before)) else {
+            tracing::error!(%oid, %before, "the server answered a load that nobody asked for");
+            return;
+        };
+        if let Some(loaded) = &loaded {
+            self.core.cache.store(oid, loaded.tid, loaded.end_tid, &loaded.data);
+        }
+        complete_all(waiters, &Ok(Answer::Loaded(loaded)));
+    }
+
+    fn complete_load(&self, oid: Oid, before: Tid, answer: &Result<Answer>) {
+        let waiters = self.shared().loads.remove(&(oid, before)).unwrap_or_default();
+        complete_all(waiters, answer);
+    }
+
+    fn apply_reply(&self, id: i64, reply: Result<Value>) {
+        let pending = self.shared().calls.remove(&id);
+        match pending {
+            Some(Pending::Call(slot)) => slot.complete(reply.map(Answer::Value)),
+            Some(Pending::Finish(slot, finish)) => {
+                let applied = reply.and_then(|value| self.core.apply_finish(*finish, value));
+                if let Err(error) = &applied {
+                    // C6: the cache is suspect, and the server may hold the transaction.
+                    self.fail(ClientError::disconnected(format!("tpc_finish failed: {error}")));
+                }
+                slot.complete(applied.map(Answer::Value));
+            }
+            None => tracing::error!(id, "the server answered a call that nobody made"),
+        }
+    }
+
+    // ---- the end
+
+    pub(super) fn is_dead(&self) -> bool {
+        self.dead.load(Ordering::Acquire)
+    }
+
+    /// Ends the connection: every waiter gets `reason`, blocked readers and writers return. The first reason counts.
+    pub(super) fn fail(&self, reason: ClientError) {
+        let (calls, loads) = {
+            let mut shared = self.shared();
+            if shared.reason.is_some() {
+                return;
+            }
+            shared.reason = Some(reason.clone());
+            self.dead.store(true, Ordering::Release);
+            shared.waiters.clear();
+            (std::mem::take(&mut shared.calls), std::mem::take(&mut shared.loads))
+        };
+        self.stream.shutdown();
+        for (_, pending) in calls {
+            match pending {
+                Pending::Call(slot) | Pending::Finish(slot, _) => slot.complete(Err(reason.clone())),
+            }
+        }
+        for (_, waiters) in loads {
+            complete_all(waiters, &Err(reason.clone()));
+        }
+        self.wake.wake();
+    }
+
+    pub(super) fn reason(&self) -> Option<ClientError> {
+        self.shared().reason.clone()
+    }
+
+    /// Waits until nobody applies messages of this connection any more.
+    pub(super) fn wait_for_reader(&self) {
+        while self.is_led() {
+            self.wake.wait(Duration::from_millis(10));
+        }
+        drop(self.inbox());
+    }
+
+    fn shared(&self) -> MutexGuard<'_, Shared> {
+        self.shared.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn out(&self) -> MutexGuard<'_, BytesMut> {
+        self.out.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn inbox(&self) -> MutexGuard<'_, Inbox> {
+        self.inbox.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Shared {
+    fn check(&self) -> Result<()> {
+        match &self.reason {
+            Some(reason) => Err(reason.clone()),
+            None => Ok(()),
+        }
+    }
+}
+
+/// The reader's role; given up when dropped, also by a panic, which then ends the connection.
+struct Role<'a> {
+    connection: &'a Connection,
+    parked: bool,
+}
+
+impl Drop for Role<'_> {
+    fn drop(&mut self) {
+        let connection = self.connection;
+        if std::thread::panicking() {
+            connection.fail(ClientError::disconnected("internal error while reading an answer (a bug)"));
+        }
+        let next = {
+            let mut shared = connection.shared();
+            shared.reader = if self.parked { Reader::Parked } else { Reader::Nobody };
+            let mut next = None;
+            while !self.parked
+                && next.is_none()
+                && let Some(waiter) = shared.waiters.pop_front()
+            {
+                if !waiter.is_done() {
+                    next = Some(waiter);
+                }
+            }
+            next
+        };
+        match next {
+            Some(waiter) => waiter.promote(),
+            None if self.parked => connection.wake.wake(),
+            None => {}
+        }
+    }
+}
+
+fn encode(
+    out: &mut BytesMut,
+    encoding: Encoding,
+    id: &MessageId,
+    is_async: bool,
+    call: &Call,
+) -> Result<()> {
+    wire::encode_call(encoding, id, is_async, call, out)
+        .map_err(|problem| ClientError::Unsendable(problem.to_string()))
+}
+
+fn complete_all(waiters: Vec<Arc<Slot>>, answer: &Result<Answer>) {
+    for waiter in waiters {
+        waiter.complete(answer.clone());
+    }
+}
+
+fn wrong_answer(call: &'static str) -> ClientError {
+    ClientError::UnexpectedAnswer { call, problem: "an answer of another kind".into() }
+}

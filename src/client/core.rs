@@ -1,0 +1,190 @@
+//! What outlives a connection: the cache, the last tid, what is told to the database.
+
+use std::cell::Cell;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use super::blob::Downloads;
+use super::error::{ClientError, Result};
+use super::transaction::Finish;
+use crate::cache::Cache;
+use crate::ids::{Oid, Tid};
+use crate::pickle::Value;
+use crate::wire::{Encoding, Notice};
+
+/// What a storage tells its owner. Called on the client's background thread, one at a time, with no lock held.
+pub trait DatabaseCallbacks: Send + Sync {
+    /// `db.invalidate(tid, oids)`.
+    fn invalidate(&self, tid: Tid, oids: &[Oid]);
+    /// `db.invalidateCache()`: anything may have changed.
+    fn invalidate_cache(&self);
+    /// A connection is ready; calls wait until this returns.
+    fn connected(&self, session: &Session);
+    fn disconnected(&self);
+    /// The cache missed too much and is about to be dropped; it is still full.
+    fn stale_cache(&self);
+}
+
+/// A connection as its owner sees it.
+#[derive(Clone, Debug)]
+pub struct Session {
+    /// Host (numeric) and port, or `None` and the path of the socket.
+    pub host: String,
+    pub port: Option<u16>,
+    pub encoding: Encoding,
+    pub read_only: bool,
+    pub generation: u64,
+}
+
+/// `lastTransaction()` waits at most so long for a verification to end.
+const GATE: Duration = Duration::from_secs(5);
+
+pub(super) struct Core {
+    pub(super) cache: Cache,
+    pub(super) callbacks: Arc<dyn DatabaseCallbacks>,
+    pub(super) downloads: Downloads,
+    last_tid: AtomicU64,
+    /// True while the last tid jumps at a reconnect.
+    gate: AtomicBool,
+    gate_lock: Mutex<()>,
+    gate_opened: Condvar,
+    /// Pairs of `get_info`, kept up to date by `info` notices.
+    info: Mutex<Vec<(Value, Value)>>,
+}
+
+thread_local! {
+    static IN_CALLBACK: Cell<bool> = const { Cell::new(false) };
+}
+
+impl Core {
+    pub(super) fn new(cache: Cache, last_tid: Tid, callbacks: Arc<dyn DatabaseCallbacks>) -> Self {
+        Self {
+            cache,
+            callbacks,
+            downloads: Downloads::default(),
+            last_tid: AtomicU64::new(last_tid.0),
+            gate: AtomicBool::new(false),
+            gate_lock: Mutex::new(()),
+            gate_opened: Condvar::new(),
+            info: Mutex::default(),
+        }
+    }
+
+    /// One atomic read, unless the client is between two connections.
+    pub(super) fn last_tid(&self) -> Tid {
+        if self.gate.load(Ordering::Acquire) {
+            self.wait_for_gate();
+        }
+        self.last_tid_now()
+    }
+
+    /// True if [`Self::last_tid`] would have to wait.
+    pub(super) fn is_gated(&self) -> bool {
+        self.gate.load(Ordering::Acquire)
+    }
+
+    pub(super) fn last_tid_now(&self) -> Tid {
+        Tid(self.last_tid.load(Ordering::Acquire))
+    }
+
+    /// Never goes back.
+    fn advance(&self, tid: Tid) {
+        self.last_tid.fetch_max(tid.0, Ordering::AcqRel);
+    }
+
+    /// C2: cache, then database, then the last tid.
+    pub(super) fn invalidate(&self, tid: Tid, oids: &[Oid]) {
+        for &oid in oids {
+            self.cache.invalidate(oid, Some(tid));
+        }
+        in_callback(|| self.callbacks.invalidate(tid, oids));
+        self.advance(tid);
+    }
+
+    pub(super) fn apply_notice(&self, notice: Notice) {
+        match notice {
+            Notice::InvalidateTransaction { tid, oids } => self.invalidate(tid, &oids),
+            Notice::Info(Value::Dict(pairs)) => self.merge_info(pairs),
+            Notice::Info(_) => tracing::error!("the server sent info that is no dict"),
+            Notice::ReceiveBlobStart { oid, serial } => self.downloads.start(oid, serial),
+            Notice::ReceiveBlobChunk { oid, serial, chunk } => self.downloads.chunk(oid, serial, &chunk),
+            Notice::ReceiveBlobStop { oid, serial } => self.downloads.stop(oid, serial),
+        }
+    }
+
+    /// C3: the answer to `tpc_finish`. Applied by whoever reads it, before the next message.
+    pub(super) fn apply_finish(&self, finish: Finish, answer: Value) -> Result<Value> {
+        let tid = match &answer {
+            Value::Bytes(bytes) => Tid::from_slice(bytes),
+            _ => None,
+        };
+        let Some(tid) = tid else {
+            return Err(ClientError::UnexpectedAnswer {
+                call: "tpc_finish",
+                problem: "no tid: the server does not know the transaction".into(),
+            });
+        };
+        finish.store_in(&self.cache, tid);
+        in_callback(|| (finish.callback)(tid)).map_err(|error| ClientError::Callback(Arc::new(error)))?;
+        self.advance(tid);
+        Ok(answer)
+    }
+
+    /// The last tid jumps to `tid` at a reconnect; `oids` are known to have changed, others may have.
+    ///
+    /// A ZODB connection that begins a transaction meanwhile reads the last tid first and takes its pending
+    /// invalidations later. So that it ends up with either the old tid (and is told to reset again) or the new one with
+    /// nothing stale: reads of the last tid wait, the database forgets everything, learns `tid`, and forgets again
+    /// what was loaded in between.
+    pub(super) fn jump(&self, tid: Tid, oids: &[Oid]) {
+        self.gate.store(true, Ordering::Release);
+        in_callback(|| {
+            self.callbacks.invalidate_cache();
+            self.callbacks.invalidate(tid, oids);
+            self.callbacks.invalidate_cache();
+        });
+        self.advance(tid);
+        self.gate.store(false, Ordering::Release);
+        drop(self.gate_lock.lock());
+        self.gate_opened.notify_all();
+    }
+
+    fn wait_for_gate(&self) {
+        if is_in_callback() {
+            return;
+        }
+        let guard = self.gate_lock.lock().unwrap_or_else(PoisonError::into_inner);
+        let _ = self.gate_opened.wait_timeout_while(guard, GATE, |()| self.gate.load(Ordering::Acquire));
+    }
+
+    pub(super) fn info(&self) -> MutexGuard<'_, Vec<(Value, Value)>> {
+        self.info.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn merge_info(&self, pairs: Vec<(Value, Value)>) {
+        let mut info = self.info();
+        for (key, value) in pairs {
+            match info.iter_mut().find(|(known, _)| *known == key) {
+                Some((_, place)) => *place = value,
+                None => info.push((key, value)),
+            }
+        }
+    }
+}
+
+/// Runs code of the layer above, marked so that calls which would wait for themselves are refused.
+pub(super) fn in_callback<T>(run: impl FnOnce() -> T) -> T {
+    struct Reset(bool);
+    impl Drop for Reset {
+        fn drop(&mut self) {
+            IN_CALLBACK.set(self.0);
+        }
+    }
+    let _reset = Reset(IN_CALLBACK.replace(true));
+    run()
+}
+
+pub(super) fn is_in_callback() -> bool {
+    IN_CALLBACK.get()
+}

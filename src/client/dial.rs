@@ -1,0 +1,200 @@
+//! One attempt to get a registered connection from one address; runs on a thread of its own.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use bytes::BytesMut;
+
+use super::inbox::Inbox;
+use super::options::{Access, Address, Options};
+use super::stream::Stream;
+use crate::ids::Tid;
+use crate::pickle::Value;
+use crate::wire::{self, Call, Encoding, Fault, MessageId, Notice, ServerMessage};
+
+/// A connection that only its maker uses: calls go one at a time, notices are kept (C4).
+pub(super) struct Registered {
+    pub(super) stream: Stream,
+    pub(super) encoding: Encoding,
+    pub(super) inbox: Inbox,
+    pub(super) notices: Vec<Notice>,
+    pub(super) server_tid: Tid,
+    pub(super) read_only: bool,
+    pub(super) next_id: i64,
+}
+
+/// Why an attempt failed, as text for the log and for `ClientDisconnected`.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum DialError {
+    #[error("{0}")]
+    Io(#[from] std::io::Error),
+    #[error("{0}")]
+    Wire(#[from] wire::WireError),
+    #[error("the server answered {call} with {}", describe(fault))]
+    Fault { call: &'static str, fault: Box<Fault> },
+    #[error("the server gives read-only access only")]
+    ReadOnly,
+    #[error("the server closed the connection {0}")]
+    Closed(&'static str),
+    #[error("unexpected answer to {0}")]
+    Unexpected(&'static str),
+    #[error("{0}")]
+    Cache(String),
+}
+
+/// Connects, shakes hands, registers.
+pub(super) fn dial(
+    address: &Address,
+    options: &Options,
+    access: Access,
+    cancelled: &AtomicBool,
+) -> Result<Registered, DialError> {
+    let deadline = Instant::now() + options.timers.handshake;
+    let stream = Stream::connect(address, options.tls.as_ref(), deadline, cancelled)?;
+    let mut inbox = Inbox::default();
+    let announced = loop {
+        if let Some(frame) = inbox.next_frame()? {
+            break frame;
+        }
+        stream.wait_readable(deadline, cancelled)?;
+        if !inbox.fill(&stream, false)? {
+            return Err(DialError::Closed(match options.tls {
+                None => "without a word (does it want TLS?)",
+                Some(_) => "without a word (does it accept our TLS certificate?)",
+            }));
+        }
+    };
+    let encoding = wire::choose(&announced)?;
+    let mut out = BytesMut::new();
+    wire::put_frame(&mut out, encoding.protocol())?;
+    stream.write_all(&out)?;
+    let mut registered = Registered {
+        stream,
+        encoding,
+        inbox,
+        notices: Vec::new(),
+        server_tid: Tid::ZERO,
+        read_only: access == Access::ReadOnly,
+        next_id: 1,
+    };
+    registered.register(options, access, deadline, cancelled)?;
+    Ok(registered)
+}
+
+impl Registered {
+    fn register(
+        &mut self,
+        options: &Options,
+        access: Access,
+        deadline: Instant,
+        cancelled: &AtomicBool,
+    ) -> Result<(), DialError> {
+        let storage = &options.storage;
+        let register = |read_only| Call::Register { storage: storage.clone(), read_only };
+        let answer = match self.call("register", &register(access == Access::ReadOnly), deadline, cancelled) {
+            Err(DialError::Fault { fault, .. }) if fault.class == "ZODB.POSException.ReadOnlyError" => {
+                if access != Access::Fallback {
+                    return Err(DialError::ReadOnly);
+                }
+                self.read_only = true;
+                self.call("register", &register(true), deadline, cancelled)?
+            }
+            other => other?,
+        };
+        let answer = match answer {
+            // ZEO 4.
+            Value::None => self.call("lastTransaction", &Call::LastTransaction, deadline, cancelled)?,
+            answer => answer,
+        };
+        self.server_tid = tid_of(&answer).ok_or(DialError::Unexpected("register"))?;
+        if let Some(label) = &options.label {
+            let mut out = BytesMut::new();
+            let call = Call::SetClientLabel { label: label.clone() };
+            wire::encode_call(self.encoding, &MessageId::Seq(0), true, &call, &mut out)?;
+            self.stream.write_all(&out)?;
+        }
+        Ok(())
+    }
+
+    /// One call and its answer. Notices that come before it are kept in order.
+    pub(super) fn call(
+        &mut self,
+        name: &'static str,
+        call: &Call,
+        deadline: Instant,
+        cancelled: &AtomicBool,
+    ) -> Result<Value, DialError> {
+        let id = self.next_id;
+        self.next_id += 1;
+        let mut out = BytesMut::new();
+        wire::encode_call(self.encoding, &MessageId::Seq(id), false, call, &mut out)?;
+        self.stream.write_all(&out)?;
+        loop {
+            while let Some(message) = self.inbox.next(self.encoding)? {
+                match message {
+                    ServerMessage::Reply { id: MessageId::Seq(of), value } if of == id => return Ok(value),
+                    ServerMessage::Fault { id: MessageId::Seq(of), fault } if of == id => {
+                        return Err(DialError::Fault { call: name, fault: Box::new(fault) });
+                    }
+                    ServerMessage::Notice(notice) => self.notices.push(notice),
+                    other => tracing::error!(?other, "unexpected message while connecting"),
+                }
+            }
+            self.stream.wait_readable(deadline, cancelled)?;
+            if !self.inbox.fill(&self.stream, false)? {
+                return Err(DialError::Closed("while the client registered"));
+            }
+        }
+    }
+}
+
+pub(super) fn tid_of(value: &Value) -> Option<Tid> {
+    match value {
+        Value::Bytes(bytes) => Tid::from_slice(bytes),
+        _ => None,
+    }
+}
+
+/// `builtins.ValueError: unknown storage: 2`.
+fn describe(fault: &Fault) -> String {
+    let text = match &fault.data {
+        Value::Tuple(items) | Value::List(items) => items
+            .iter()
+            .map(|item| match item {
+                Value::Str(text) => text.clone(),
+                other => format!("{other:?}"),
+            })
+            .collect::<Vec<_>>()
+            .join(", "),
+        other => format!("{other:?}"),
+    };
+    format!("{}: {text}", fault.class)
+}
+
+/// When to try an address again: doubling delays with jitter, so that the clients of a restarted server do not come
+/// all at once.
+#[derive(Debug, Default)]
+pub(super) struct Backoff {
+    failures: u32,
+}
+
+impl Backoff {
+    pub(super) fn reset(&mut self) {
+        self.failures = 0;
+    }
+
+    pub(super) fn next(&mut self, min: Duration, max: Duration) -> Duration {
+        let whole = min.saturating_mul(1 << self.failures.min(16)).min(max);
+        self.failures = self.failures.saturating_add(1);
+        whole.mul_f64(0.5 + random_fraction() / 2.0)
+    }
+}
+
+/// 0..1, different in every process and thread; not for secrets.
+fn random_fraction() -> f64 {
+    use std::hash::{BuildHasher, Hasher};
+    static COUNT: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(0);
+    let mut hasher = std::hash::RandomState::new().build_hasher();
+    hasher.write_u64(COUNT.fetch_add(1, Ordering::Relaxed));
+    (hasher.finish() >> 11) as f64 / (1u64 << 53) as f64
+}

@@ -1,0 +1,327 @@
+//! The socket: TCP, unix, or TLS over TCP, read and written by different threads at once.
+//!
+//! The socket stays in blocking mode. A reader that has nothing else to do blocks in `recv` itself: one system call
+//! for a reply, not a poll and a read. [`Stream::shutdown`] ends every blocked call.
+
+use std::io::{self, Read, Write};
+use std::net::{TcpStream, ToSocketAddrs};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::net::{RecvFlags, SendFlags};
+use socket2::{SockRef, TcpKeepalive};
+
+use super::options::{Address, ClientTls};
+
+/// A dead peer is noticed after about this long without an answer to the kernel's probes.
+const DEAD_AFTER: Duration = Duration::from_secs(20);
+const PROBE_IDLE: Duration = Duration::from_secs(10);
+const PROBE_INTERVAL: Duration = Duration::from_secs(3);
+/// Each address that a name resolves to gets this long.
+const CONNECT: Duration = Duration::from_secs(5);
+
+#[derive(Debug)]
+pub(super) struct Stream {
+    socket: Socket,
+    tls: Option<Mutex<rustls::ClientConnection>>,
+    /// As `str((host, port))` or the path: what `sortKey` is made of.
+    pub(super) peer: Peer,
+}
+
+#[derive(Clone, Debug)]
+pub(super) enum Peer {
+    Tcp { host: String, port: u16 },
+    Unix(String),
+}
+
+#[derive(Debug)]
+enum Socket {
+    Tcp(TcpStream),
+    Unix(UnixStream),
+}
+
+impl AsFd for Socket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Self::Tcp(socket) => socket.as_fd(),
+            Self::Unix(socket) => socket.as_fd(),
+        }
+    }
+}
+
+impl Stream {
+    /// Connects, TLS handshake included. Blocks up to `deadline`, or until `cancelled`.
+    pub(super) fn connect(
+        address: &Address,
+        tls: Option<&ClientTls>,
+        deadline: Instant,
+        cancelled: &AtomicBool,
+    ) -> io::Result<Self> {
+        match address {
+            Address::Unix(path) => {
+                if tls.is_some() {
+                    return Err(io::Error::other("TLS is for TCP addresses, this is a unix socket"));
+                }
+                let socket = UnixStream::connect(path)?;
+                let peer = Peer::Unix(path.display().to_string());
+                Ok(Self { socket: Socket::Unix(socket), tls: None, peer })
+            }
+            Address::Tcp { host, port } => {
+                let host = if host.is_empty() { "127.0.0.1" } else { host.as_str() };
+                let socket = connect_tcp(host, *port, deadline)?;
+                let remote = socket.peer_addr()?;
+                let mut stream = Self {
+                    socket: Socket::Tcp(socket),
+                    tls: None,
+                    peer: Peer::Tcp { host: remote.ip().to_string(), port: remote.port() },
+                };
+                if let Some(tls) = tls {
+                    stream.start_tls(tls, host, deadline, cancelled)?;
+                }
+                Ok(stream)
+            }
+        }
+    }
+
+    #[cfg(test)]
+    pub(super) fn from_unix(socket: UnixStream) -> Self {
+        Self { socket: Socket::Unix(socket), tls: None, peer: Peer::Unix("test".into()) }
+    }
+
+    fn start_tls(
+        &mut self,
+        tls: &ClientTls,
+        host: &str,
+        deadline: Instant,
+        cancelled: &AtomicBool,
+    ) -> io::Result<()> {
+        let name = tls.server_name.as_deref().unwrap_or(host).to_owned();
+        let name = rustls::pki_types::ServerName::try_from(name.clone())
+            .map_err(|_| io::Error::other(format!("TLS: {name:?} is no host name")))?;
+        let mut connection =
+            rustls::ClientConnection::new(tls.config.clone(), name).map_err(tls_error)?;
+        while connection.is_handshaking() {
+            while connection.wants_write() {
+                connection.write_tls(&mut RawWriter(self))?;
+            }
+            if !connection.is_handshaking() {
+                break;
+            }
+            self.wait_readable(deadline, cancelled)?;
+            let mut buffer = [0; 16384];
+            let count = self.receive(&mut buffer, false)?;
+            if count == 0 {
+                return Err(io::Error::other(
+                    "TLS: the server closed the connection during the handshake (does it speak TLS, and does it accept our certificate?)",
+                ));
+            }
+            let mut bytes = &buffer[..count];
+            while !bytes.is_empty() {
+                connection.read_tls(&mut bytes)?;
+                connection.process_new_packets().map_err(tls_error)?;
+            }
+        }
+        while connection.wants_write() {
+            connection.write_tls(&mut RawWriter(self))?;
+        }
+        self.tls = Some(Mutex::new(connection));
+        Ok(())
+    }
+
+    /// Blocks until there is something, unless `now`, which then is `WouldBlock`. 0: the peer closed.
+    pub(super) fn read(&self, buffer: &mut [u8], now: bool) -> io::Result<usize> {
+        let Some(tls) = &self.tls else { return self.receive(buffer, now) };
+        let mut raw = [0; 16384];
+        loop {
+            match tls.lock().unwrap_or_else(PoisonError::into_inner).reader().read(buffer) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                other => return other,
+            }
+            let count = self.receive(&mut raw, now)?;
+            if count == 0 {
+                return Ok(0);
+            }
+            let mut connection = tls.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut bytes = &raw[..count];
+            while !bytes.is_empty() {
+                connection.read_tls(&mut bytes)?;
+                connection.process_new_packets().map_err(tls_error)?;
+            }
+        }
+    }
+
+    /// Writes all of it; one writer at a time. Blocks while the peer does not read.
+    pub(super) fn write_all(&self, data: &[u8]) -> io::Result<()> {
+        let Some(tls) = &self.tls else { return RawWriter(self).write_all(data) };
+        for chunk in data.chunks(32 << 10) {
+            // The ciphertext is taken out under the lock and written without it: the reader must go on meanwhile.
+            let mut ciphertext = Vec::with_capacity(chunk.len() + 256);
+            {
+                let mut connection = tls.lock().unwrap_or_else(PoisonError::into_inner);
+                connection.writer().write_all(chunk)?;
+                while connection.wants_write() {
+                    connection.write_tls(&mut ciphertext)?;
+                }
+            }
+            RawWriter(self).write_all(&ciphertext)?;
+        }
+        Ok(())
+    }
+
+    /// True if [`Self::read`] has something without asking the socket.
+    pub(super) fn has_buffered(&self) -> bool {
+        self.tls.as_ref().is_some_and(|tls| {
+            let mut connection = tls.lock().unwrap_or_else(PoisonError::into_inner);
+            connection.process_new_packets().is_ok_and(|state| state.plaintext_bytes_to_read() > 0)
+        })
+    }
+
+    /// Waits until `deadline`; `TimedOut` or `Interrupted` otherwise.
+    pub(super) fn wait_readable(&self, deadline: Instant, cancelled: &AtomicBool) -> io::Result<()> {
+        const SLICE: Duration = Duration::from_millis(100);
+        loop {
+            if cancelled.load(Ordering::Relaxed) {
+                return Err(io::Error::new(io::ErrorKind::Interrupted, "closed"));
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(io::Error::new(io::ErrorKind::TimedOut, "the server does not answer"));
+            }
+            if self.has_buffered() || self.poll(None, left.min(SLICE))?.socket {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Waits for bytes or for `wake`, at most `timeout`.
+    pub(super) fn poll(&self, wake: Option<&Wake>, timeout: Duration) -> io::Result<Ready> {
+        let socket = PollFd::new(&self.socket, PollFlags::IN);
+        let (mut one, mut two);
+        let fds: &mut [PollFd<'_>] = match wake {
+            None => {
+                one = [socket];
+                &mut one
+            }
+            Some(wake) => {
+                two = [socket, PollFd::new(&wake.receiver, PollFlags::IN)];
+                &mut two
+            }
+        };
+        poll_for(fds, timeout)?;
+        let ready = Ready {
+            socket: !fds[0].revents().is_empty(),
+            wake: fds.get(1).is_some_and(|fd| !fd.revents().is_empty()),
+        };
+        if let (true, Some(wake)) = (ready.wake, wake) {
+            wake.drain();
+        }
+        Ok(ready)
+    }
+
+    /// Ends the connection for both directions; blocked readers and writers return.
+    pub(super) fn shutdown(&self) {
+        let _ = rustix::net::shutdown(&self.socket, rustix::net::Shutdown::Both);
+    }
+
+    fn receive(&self, buffer: &mut [u8], now: bool) -> io::Result<usize> {
+        let flags = if now { RecvFlags::DONTWAIT } else { RecvFlags::empty() };
+        let (count, _) = rustix::net::recv(&self.socket, buffer, flags)?;
+        Ok(count)
+    }
+}
+
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Ready {
+    pub(super) socket: bool,
+    pub(super) wake: bool,
+}
+
+struct RawWriter<'a>(&'a Stream);
+
+impl Write for RawWriter<'_> {
+    fn write(&mut self, data: &[u8]) -> io::Result<usize> {
+        Ok(rustix::net::send(&self.0.socket, data, SendFlags::NOSIGNAL)?)
+    }
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+fn connect_tcp(host: &str, port: u16, deadline: Instant) -> io::Result<TcpStream> {
+    let mut last = io::Error::other(format!("{host} resolves to no address"));
+    for address in (host, port).to_socket_addrs()? {
+        let left = deadline.saturating_duration_since(Instant::now()).min(CONNECT);
+        if left.is_zero() {
+            break;
+        }
+        match TcpStream::connect_timeout(&address, left) {
+            Ok(socket) => {
+                socket.set_nodelay(true)?;
+                let keepalive =
+                    TcpKeepalive::new().with_time(PROBE_IDLE).with_interval(PROBE_INTERVAL).with_retries(3);
+                let reference = SockRef::from(&socket);
+                reference.set_tcp_keepalive(&keepalive)?;
+                #[cfg(target_os = "linux")]
+                reference.set_tcp_user_timeout(Some(DEAD_AFTER))?;
+                return Ok(socket);
+            }
+            Err(error) => last = error,
+        }
+    }
+    Err(last)
+}
+
+fn tls_error(error: rustls::Error) -> io::Error {
+    io::Error::other(format!("TLS: {error}"))
+}
+
+/// Wakes a thread that sleeps in [`Stream::poll`] or [`Wake::wait`].
+#[derive(Debug)]
+pub(super) struct Wake {
+    receiver: UnixStream,
+    sender: UnixStream,
+    pending: AtomicBool,
+}
+
+impl Wake {
+    pub(super) fn new() -> io::Result<Self> {
+        let (receiver, sender) = UnixStream::pair()?;
+        receiver.set_nonblocking(true)?;
+        sender.set_nonblocking(true)?;
+        Ok(Self { receiver, sender, pending: AtomicBool::new(false) })
+    }
+
+    /// One system call, or none if a wake-up is on its way already.
+    pub(super) fn wake(&self) {
+        if !self.pending.swap(true, Ordering::AcqRel) {
+            let _ = (&self.sender).write(&[0]);
+        }
+    }
+
+    pub(super) fn wait(&self, timeout: Duration) {
+        if poll_for(&mut [PollFd::new(&self.receiver, PollFlags::IN)], timeout).is_ok() {
+            self.drain();
+        }
+    }
+
+    fn drain(&self) {
+        // Emptied before the flag falls: a wake-up in between is seen by the caller, who looks at everything now.
+        if self.pending.load(Ordering::Acquire) {
+            let mut buffer = [0; 8];
+            let _ = (&self.receiver).read(&mut buffer);
+            self.pending.store(false, Ordering::Release);
+        }
+    }
+}
+
+fn poll_for(fds: &mut [PollFd<'_>], timeout: Duration) -> io::Result<()> {
+    let timeout = Timespec { tv_sec: timeout.as_secs() as i64, tv_nsec: i64::from(timeout.subsec_nanos()) };
+    match poll(fds, Some(&timeout)) {
+        Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
+        Err(error) => Err(error.into()),
+    }
+}
