@@ -6,9 +6,10 @@ use std::time::{Duration, Instant};
 use bytes::BytesMut;
 
 use super::inbox::Inbox;
-use super::options::{Access, Address, Options};
+use super::options::{Access, Options};
 use super::stream::Stream;
 use crate::ids::Tid;
+use crate::net::Address;
 use crate::pickle::Value;
 use crate::wire::{self, Call, Encoding, Fault, MessageId, Notice, ServerMessage};
 

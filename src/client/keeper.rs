@@ -9,10 +9,11 @@ use super::connection::Connection;
 use super::core::{Session, in_callback};
 use super::dial::{Backoff, DialError, Registered, dial, tid_of};
 use super::error::ClientError;
-use super::options::{Access, Address};
+use super::options::Access;
 use super::stream::Peer;
 use super::{Client, Phase};
 use crate::ids::{Oid, Tid};
+use crate::net::Address;
 use crate::pickle::Value;
 use crate::wire::{Call, Notice};
 
@@ -156,9 +157,6 @@ impl Keeper {
         attempt.running = false;
         match result {
             Ok(registered) => {
-                attempt.backoff.reset();
-                // If it does not last, the next attempt is not immediate.
-                attempt.due = Instant::now() + timers.retry_min;
                 Some(registered)
             }
             Err(error) => {
@@ -267,6 +265,7 @@ impl Keeper {
         let probing = client.options.access == Access::Fallback && client.is_read_only();
         let mut probe = Instant::now() + timers.probe;
         let mut better = None;
+        let since = Instant::now();
         // What came with the last message of the verification.
         connection.read_in_background();
         while !connection.is_dead() && better.is_none() {
@@ -304,6 +303,7 @@ impl Keeper {
             connection.fail(ClientError::disconnected("a writable server was found"));
         }
         connection.wait_for_reader();
+        self.after_serving(since.elapsed());
         let reason = connection.reason().map_or_else(|| "closed".into(), |reason| reason.to_string());
         if !client.is_closing() {
             tracing::warn!(name = client.options.name, reason, "disconnected");
@@ -312,6 +312,19 @@ impl Keeper {
         client.uninstall();
         in_callback(|| client.core.callbacks.disconnected());
         better
+    }
+
+    /// Back at once after a connection that lasted; a server that accepts and closes gets the usual delays.
+    fn after_serving(&mut self, lasted: Duration) {
+        let timers = self.client.options.timers;
+        for attempt in &mut self.attempts {
+            attempt.due = Instant::now();
+            if lasted > timers.retry_max {
+                attempt.backoff.reset();
+            } else {
+                attempt.due += attempt.backoff.next(timers.retry_min, timers.retry_max);
+            }
+        }
     }
 
     /// Looks for a writable server while a read-only one is in use; its own address too may have become writable.

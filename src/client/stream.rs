@@ -4,7 +4,7 @@
 //! for a reply, not a poll and a read. [`Stream::shutdown`] ends every blocked call.
 
 use std::io::{self, Read, Write};
-use std::net::{TcpStream, ToSocketAddrs};
+use std::net::TcpStream;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -15,12 +15,15 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{RecvFlags, SendFlags};
 use socket2::{SockRef, TcpKeepalive};
 
-use super::options::{Address, ClientTls};
+use super::options::ClientTls;
+use crate::net::Address;
 
 /// A dead peer is noticed after about this long without an answer to the kernel's probes.
 const DEAD_AFTER: Duration = Duration::from_secs(20);
 const PROBE_IDLE: Duration = Duration::from_secs(10);
 const PROBE_INTERVAL: Duration = Duration::from_secs(3);
+/// What an empty host means to a client.
+const LOCAL: &str = "127.0.0.1";
 /// Each address that a name resolves to gets this long.
 const CONNECT: Duration = Duration::from_secs(5);
 
@@ -70,9 +73,9 @@ impl Stream {
                 let peer = Peer::Unix(path.display().to_string());
                 Ok(Self { socket: Socket::Unix(socket), tls: None, peer })
             }
-            Address::Tcp { host, port } => {
-                let host = if host.is_empty() { "127.0.0.1" } else { host.as_str() };
-                let socket = connect_tcp(host, *port, deadline)?;
+            Address::Tcp { host, .. } => {
+                let host = if host.is_empty() { LOCAL } else { host.as_str() };
+                let socket = connect_tcp(address, deadline)?;
                 let remote = socket.peer_addr()?;
                 let mut stream = Self {
                     socket: Socket::Tcp(socket),
@@ -251,9 +254,9 @@ impl Write for RawWriter<'_> {
     }
 }
 
-fn connect_tcp(host: &str, port: u16, deadline: Instant) -> io::Result<TcpStream> {
-    let mut last = io::Error::other(format!("{host} resolves to no address"));
-    for address in (host, port).to_socket_addrs()? {
+fn connect_tcp(address: &Address, deadline: Instant) -> io::Result<TcpStream> {
+    let mut last = io::Error::new(io::ErrorKind::TimedOut, "the host name was not resolved in time");
+    for address in address.resolve(LOCAL)? {
         let left = deadline.saturating_duration_since(Instant::now()).min(CONNECT);
         if left.is_zero() {
             break;

@@ -55,8 +55,12 @@ impl Txn {
         self.resolved.insert(oid);
     }
 
-    pub(super) fn into_finish(self, callback: FinishCallback) -> Finish {
-        Finish { stores: self.stores, resolved: self.resolved, callback }
+    pub(super) fn take_finish(&mut self, callback: FinishCallback) -> Finish {
+        Finish {
+            stores: std::mem::take(&mut self.stores),
+            resolved: std::mem::take(&mut self.resolved),
+            callback,
+        }
     }
 }
 

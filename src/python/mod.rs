@@ -1,10 +1,13 @@
 //! The extension module `zeo_rs._zeo`. pyo3 only here: converts, releases the GIL, maps errors. No logic.
 //! One file per class, each with a `register(m)`.
 
+mod client_errors;
+mod client_storage;
 mod convert;
 mod errors;
 mod logging;
 mod served_storage;
+mod values;
 
 use pyo3::prelude::*;
 
@@ -12,5 +15,6 @@ use pyo3::prelude::*;
 fn _zeo(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add("__version__", env!("CARGO_PKG_VERSION"))?;
     logging::register(m)?;
+    client_storage::register(m)?;
     Ok(())
 }

@@ -1,0 +1,693 @@
+//! The client: one storage of a server, shared by any number of threads.
+//!
+//! Plain threads and blocking sockets, no runtime (`docs/decisions/0002-client-io.md`); nothing here knows of Python.
+//!
+//! | file | what it is |
+//! | --- | --- |
+//! | this | [`Client`]: calls, loads, two-phase commit |
+//! | `connection.rs` | one connection: who waits, who writes, who reads |
+//! | `core.rs` | what outlives connections: cache, last tid, callbacks |
+//! | `keeper.rs`, `dial.rs` | the background thread: connect, verify, reconnect |
+//! | `stream.rs`, `inbox.rs`, `slot.rs` | socket, received bytes, one caller's wait |
+//! | `transaction.rs`, `blob.rs` | what a commit will put in the cache; blobs on their way |
+
+mod blob;
+mod connection;
+mod core;
+mod dial;
+mod error;
+mod inbox;
+mod keeper;
+mod options;
+mod slot;
+mod stream;
+mod transaction;
+
+use std::collections::VecDeque;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Sender, channel};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+
+use crate::cache::Cache;
+use crate::ids::{Oid, Tid};
+use crate::limits::MAX_NEW_OIDS;
+use crate::net::Address;
+use crate::pickle::Value;
+use crate::storage::Loaded;
+use crate::wire::{Call, TxnKey};
+use connection::Connection;
+use core::{Core, is_in_callback};
+use keeper::{Event, Keeper};
+use stream::Wake;
+use transaction::Txn;
+
+pub use core::{DatabaseCallbacks, Session};
+pub use error::{CallbackError, ClientError, Result};
+pub use options::{Access, ClientTls, Options, Timers};
+pub use transaction::FinishCallback;
+
+/// How long `close` waits for the background thread.
+const CLOSE: Duration = Duration::from_secs(1);
+/// Reads are repeated so often when the connection breaks under them.
+const REPEATS: usize = 3;
+
+/// A storage of a server. Closed by [`Client::close`], not by dropping it: its background thread holds it too.
+pub struct Client {
+    options: Options,
+    core: Arc<Core>,
+    wake: Arc<Wake>,
+    closing: AtomicBool,
+    process: u32,
+    state: Mutex<State>,
+    changed: Condvar,
+    events: Mutex<Sender<Event>>,
+    /// oids given by the current connection, to be handed out in ascending order.
+    oids: Mutex<(u64, VecDeque<Oid>)>,
+    txn: Mutex<Option<Txn>>,
+    txn_ended: Condvar,
+}
+
+struct State {
+    phase: Phase,
+    /// True once a connection has been ready.
+    was_ready: bool,
+    read_only: bool,
+    /// Why there is no connection, as far as known.
+    last_failure: Option<String>,
+    addresses: Vec<Address>,
+    addresses_changed: bool,
+}
+
+#[derive(Clone)]
+enum Phase {
+    Connecting,
+    Operational(Arc<Connection>, Session),
+    Closed,
+    /// The background thread has ended.
+    Ended,
+}
+
+impl Client {
+    /// Starts connecting; [`Self::wait_connected`] waits for it.
+    ///
+    /// # Errors
+    /// [`ClientError::Io`] if there is no thread or socket to be had.
+    pub fn open(options: Options, callbacks: Arc<dyn DatabaseCallbacks>) -> Result<Arc<Self>> {
+        let wake = Wake::new().map_err(|error| ClientError::io("cannot make a client", error))?;
+        let (sender, events) = channel();
+        let client = Arc::new(Self {
+            core: Arc::new(Core::new(Cache::new(options.cache_size), Tid::ZERO, callbacks)),
+            wake: Arc::new(wake),
+            closing: AtomicBool::new(false),
+            process: std::process::id(),
+            state: Mutex::new(State {
+                phase: Phase::Connecting,
+                was_ready: false,
+                read_only: options.access == Access::ReadOnly,
+                last_failure: None,
+                addresses: options.addresses.clone(),
+                addresses_changed: false,
+            }),
+            changed: Condvar::new(),
+            events: Mutex::new(sender.clone()),
+            oids: Mutex::default(),
+            txn: Mutex::new(None),
+            txn_ended: Condvar::new(),
+            options,
+        });
+        Keeper::start(client.clone(), sender, events)
+            .map_err(|error| ClientError::io("cannot start the client's thread", error))?;
+        Ok(client)
+    }
+
+    /// Ends everything: waiting calls fail, the background thread leaves. Returns within a second whatever it was doing.
+    pub fn close(&self) {
+        self.start_close();
+        if !is_in_callback() {
+            let _ = self
+                .changed
+                .wait_timeout_while(self.state(), CLOSE, |state| !matches!(state.phase, Phase::Ended));
+        }
+    }
+
+    /// [`Self::close`] without waiting for the background thread to leave.
+    pub fn start_close(&self) {
+        self.closing.store(true, Ordering::Release);
+        {
+            let mut state = self.state();
+            if let Phase::Operational(connection, _) = &state.phase {
+                connection.fail(ClientError::disconnected("closed"));
+            }
+            if !matches!(state.phase, Phase::Ended) {
+                state.phase = Phase::Closed;
+            }
+        }
+        self.changed.notify_all();
+        self.txn_ended.notify_all();
+        let _ = self.events().send(Event::Look);
+        self.wake.wake();
+    }
+
+    // ---- state
+
+    pub fn options(&self) -> &Options {
+        &self.options
+    }
+
+    pub fn is_connected(&self) -> bool {
+        self.session().is_some()
+    }
+
+    pub fn session(&self) -> Option<Session> {
+        match &self.state().phase {
+            Phase::Operational(connection, session) if !connection.is_dead() => Some(session.clone()),
+            _ => None,
+        }
+    }
+
+    /// As of the last connection.
+    pub fn is_read_only(&self) -> bool {
+        self.state().read_only
+    }
+
+    /// The last transaction that the database has been told of. One atomic read.
+    pub fn last_tid(&self) -> Tid {
+        self.core.last_tid()
+    }
+
+    /// True if [`Self::last_tid`] would wait for a verification to end.
+    pub fn last_tid_waits(&self) -> bool {
+        self.core.is_gated()
+    }
+
+    pub fn cache(&self) -> &Cache {
+        &self.core.cache
+    }
+
+    /// The value of a key of `get_info`.
+    pub fn info(&self, key: &str) -> Option<Value> {
+        let info = self.core.info();
+        info.iter().find(|(known, _)| matches!(known, Value::Str(text) if text == key)).map(|(_, value)| value.clone())
+    }
+
+    /// Why the client is not connected, as far as it knows.
+    pub fn last_failure(&self) -> Option<String> {
+        self.state().last_failure.clone()
+    }
+
+    /// Takes effect at the next connection; now, if there is none.
+    pub fn set_addresses(&self, addresses: Vec<Address>) {
+        let mut state = self.state();
+        state.addresses = addresses;
+        state.addresses_changed = true;
+        drop(state);
+        let _ = self.events().send(Event::Look);
+        self.wake.wake();
+    }
+
+    /// Waits for a usable connection.
+    ///
+    /// # Errors
+    /// [`ClientError::Disconnected`], saying what the last attempt died of.
+    pub fn wait_connected(&self, timeout: Duration) -> Result<()> {
+        self.operational(Some(timeout), true).map(drop)
+    }
+
+    // ---- calls
+
+    /// Any call that is answered. Waits for a connection if there is none, then for the answer, however long it takes.
+    ///
+    /// # Errors
+    /// [`ClientError::Fault`] as the server answered; [`ClientError::Disconnected`]: it is unknown whether the server
+    /// carried it out.
+    pub fn call(&self, name: &'static str, call: &Call) -> Result<Value> {
+        self.call_within(name, call, self.options.wait_timeout)
+    }
+
+    /// As [`Self::call`], with another time to wait for a connection.
+    pub fn call_within(&self, name: &'static str, call: &Call, timeout: Duration) -> Result<Value> {
+        self.may_wait(name)?;
+        self.operational(Some(timeout), false)?.call(call)
+    }
+
+    /// A call that only reads: repeated if the connection breaks under it.
+    pub fn read(&self, name: &'static str, call: &Call) -> Result<Value> {
+        self.may_wait(name)?;
+        self.repeated(|connection| connection.call(call))
+    }
+
+    /// A call bound to one connection (iterators live in it).
+    pub fn call_on(&self, generation: u64, name: &'static str, call: &Call) -> Result<Value> {
+        self.may_wait(name)?;
+        let connection = self.operational(None, false)?;
+        if connection.generation != generation {
+            return Err(ClientError::disconnected("the connection that this belongs to is gone"));
+        }
+        connection.call(call)
+    }
+
+    /// A one-way call outside any transaction; silently dropped without a connection.
+    pub fn notify(&self, call: &Call) {
+        if let Ok(connection) = self.operational(None, false) {
+            let _ = connection.send_async(call);
+        }
+    }
+
+    /// The revision of `oid` current just before `before`: from the cache, or from the server.
+    ///
+    /// Cost of a hit: see [`Cache`]. Of a miss on one thread: three short locks, one `send`, one blocking `recv`, one
+    /// copy into the cache; no thread switch.
+    ///
+    /// # Errors
+    /// [`ClientError::Fault`] `POSKeyError` for an unknown oid.
+    pub fn load_before(&self, oid: Oid, before: Tid) -> Result<Option<Loaded>> {
+        match self.load_cached(oid, before) {
+            Some(loaded) => Ok(Some(loaded)),
+            None => self.load_missed(oid, before),
+        }
+    }
+
+    /// The cache's answer.
+    pub fn load_cached(&self, oid: Oid, before: Tid) -> Option<Loaded> {
+        self.core.cache.load_before(oid, before)
+    }
+
+    /// Asks the server.
+    pub fn load_missed(&self, oid: Oid, before: Tid) -> Result<Option<Loaded>> {
+        self.may_wait("loadBefore")?;
+        self.repeated(|connection| connection.load_before(oid, before))
+    }
+
+    /// Starts loading what the cache does not have. Waits for nothing; errors show when the objects are loaded.
+    pub fn prefetch(&self, oids: &[Oid], before: Tid) {
+        let missing: Vec<Oid> =
+            oids.iter().copied().filter(|&oid| !self.core.cache.covers(oid, before)).collect();
+        if missing.is_empty() {
+            return;
+        }
+        let sent = self.operational(None, false).and_then(|connection| connection.prefetch(&missing, before));
+        if let Err(error) = sent {
+            tracing::debug!(%error, "prefetch not sent");
+        }
+    }
+
+    /// A new oid from the stock of this connection. A restarted server may give the same ones to others, so the stock
+    /// is dropped at every reconnect.
+    pub fn new_oid(&self) -> Result<Oid> {
+        loop {
+            let mut stock = self.oids.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Some(oid) = stock.1.pop_front() {
+                return Ok(oid);
+            }
+            if self.is_read_only() {
+                return Err(ClientError::ReadOnly);
+            }
+            let generation = stock.0;
+            drop(stock);
+            let answer = self.call("new_oids", &Call::NewOids { count: MAX_NEW_OIDS as i64 })?;
+            let oids = oids_of(&answer)
+                .ok_or(ClientError::UnexpectedAnswer { call: "new_oids", problem: "no list of oids".into() })?;
+            let mut stock = self.oids.lock().unwrap_or_else(PoisonError::into_inner);
+            if stock.0 == generation {
+                stock.1.extend(oids);
+                stock.1.make_contiguous().sort_unstable();
+            }
+        }
+    }
+
+    /// An oid from the stock, if one is there and nobody else is at it: for callers that must not wait.
+    pub fn try_new_oid(&self) -> Option<Oid> {
+        self.oids.try_lock().ok()?.1.pop_front()
+    }
+
+    // ---- two-phase commit
+
+    /// Waits until no other transaction of this client is being committed, and for a connection.
+    ///
+    /// # Errors
+    /// [`ClientError::Transaction`] if `key` is the transaction being committed already.
+    #[allow(clippy::too_many_arguments)]
+    pub fn tpc_begin(
+        &self,
+        key: TxnKey,
+        user: Bytes,
+        description: Bytes,
+        extension: Value,
+        tid: Option<Tid>,
+        status: u8,
+    ) -> Result<()> {
+        self.may_wait("tpc_begin")?;
+        if self.is_read_only() {
+            return Err(ClientError::ReadOnly);
+        }
+        let mut txn = self.txn();
+        loop {
+            match &*txn {
+                None => break,
+                Some(open) if open.key == key => {
+                    return Err(ClientError::Transaction("Duplicate tpc_begin calls for same transaction".into()));
+                }
+                Some(_) => {}
+            }
+            if self.is_closing() {
+                return Err(ClientError::disconnected("closed"));
+            }
+            txn = self.txn_ended.wait(txn).unwrap_or_else(PoisonError::into_inner);
+        }
+        // Held while waiting for a connection: whoever wants it waits for its turn in any case.
+        let connection = self.operational(Some(self.options.wait_timeout), false)?;
+        connection.send_async(&Call::TpcBegin { txn: key.clone(), user, description, extension, tid, status })?;
+        *txn = Some(Txn::new(key, connection.generation, self.core.cache.max_bytes() / 2));
+        Ok(())
+    }
+
+    pub fn store(&self, key: &TxnKey, oid: Oid, serial: Tid, data: Bytes) -> Result<()> {
+        self.in_txn("store", key, |connection, txn| {
+            txn.stored(oid, &data);
+            connection.send_async(&Call::Storea { oid, serial, data, txn: key.clone() })
+        })
+    }
+
+    pub fn check_current(&self, key: &TxnKey, oid: Oid, serial: Tid) -> Result<()> {
+        self.in_txn("checkCurrentSerialInTransaction", key, |connection, _| {
+            connection.send_async(&Call::CheckCurrentSerial { oid, serial, txn: key.clone() })
+        })
+    }
+
+    pub fn delete_object(&self, key: &TxnKey, oid: Oid, serial: Tid) -> Result<()> {
+        self.in_txn("deleteObject", key, |connection, txn| {
+            txn.changed(oid);
+            connection.send_async(&Call::DeleteObject { oid, serial, txn: key.clone() })
+        })
+    }
+
+    pub fn restore(
+        &self,
+        key: &TxnKey,
+        oid: Oid,
+        serial: Tid,
+        data: Option<Bytes>,
+        prev_txn: Option<Tid>,
+    ) -> Result<()> {
+        self.in_txn("restore", key, |connection, txn| {
+            txn.changed(oid);
+            connection.send_async(&Call::Restorea { oid, serial, data, prev_txn, txn: key.clone() })
+        })
+    }
+
+    pub fn undo(&self, key: &TxnKey, trans_id: Bytes) -> Result<()> {
+        self.in_txn("undo", key, |connection, _| {
+            connection.send_async(&Call::Undoa { trans_id, txn: key.clone() })
+        })
+    }
+
+    /// `store`, then the blob in `path`, chunk by chunk.
+    pub fn store_blob(&self, key: &TxnKey, oid: Oid, serial: Tid, data: Bytes, path: &Path) -> Result<()> {
+        let mut upload = blob::Upload::open(path, oid, serial, data.clone(), key.clone())?;
+        self.in_txn("storeBlob", key, |connection, txn| {
+            txn.stored(oid, &data);
+            connection.send_async(&Call::Storea { oid, serial, data, txn: key.clone() })?;
+            connection.send_sequence(&mut upload)
+        })
+    }
+
+    /// `store` with a blob that lies in the server's own directory already.
+    pub fn store_blob_shared(
+        &self,
+        key: &TxnKey,
+        oid: Oid,
+        serial: Tid,
+        data: Bytes,
+        filename: String,
+    ) -> Result<()> {
+        self.in_txn("storeBlob", key, |connection, txn| {
+            txn.stored(oid, &data);
+            connection.send_async(&Call::Storea { oid, serial, data: data.clone(), txn: key.clone() })?;
+            connection.send_async(&Call::StoreBlobShared { oid, serial, data, filename, txn: key.clone() })
+        })
+    }
+
+    /// The server's answer: oids that it resolved or undid, and conflicts that the client is to resolve.
+    pub fn tpc_vote(&self, key: &TxnKey) -> Result<Vec<Value>> {
+        self.may_wait("tpc_vote")?;
+        let connection = self.in_txn("tpc_vote", key, |connection, _| Ok(connection.clone()))?;
+        let answer = connection.call(&Call::Vote { txn: key.clone() }).inspect_err(|error| {
+            // What the cache has of that object led to the conflict: it must not do so again.
+            if let ClientError::Fault(fault) = error
+                && fault.class.ends_with("ConflictError")
+                && let Some(oid) = fault_oid(&fault.data)
+            {
+                self.core.cache.invalidate(oid, None);
+            }
+        })?;
+        let answer = match answer {
+            Value::Tuple(items) | Value::List(items) => items,
+            Value::None => Vec::new(),
+            other => {
+                return Err(ClientError::UnexpectedAnswer { call: "vote", problem: format!("{other:?}") });
+            }
+        };
+        self.in_txn("tpc_vote", key, |_, txn| {
+            for item in &answer {
+                if let Some(oid) = oid_of(item) {
+                    txn.resolved(oid);
+                }
+            }
+            Ok(())
+        })?;
+        Ok(answer)
+    }
+
+    /// Commits. `callback` runs on whatever thread reads the answer, before the last tid moves and before any later
+    /// message; it must not call the server.
+    ///
+    /// # Errors
+    /// [`ClientError::Disconnected`]: it is unknown whether the transaction was committed. After any error the
+    /// connection is given up, because cache and server may disagree.
+    pub fn tpc_finish(&self, key: &TxnKey, callback: FinishCallback) -> Result<Tid> {
+        self.may_wait("tpc_finish")?;
+        let (connection, finish) =
+            self.in_txn("tpc_finish", key, |connection, txn| Ok((connection.clone(), txn.take_finish(callback))))?;
+        // Until the answer is there the next transaction waits: a server may take the calls of a connection
+        // side by side.
+        let answer = connection.finish(&Call::TpcFinish { txn: key.clone() }, finish);
+        self.end_txn(key);
+        let answer = answer?;
+        dial::tid_of(&answer)
+            .ok_or(ClientError::UnexpectedAnswer { call: "tpc_finish", problem: "no tid".into() })
+    }
+
+    /// Ends the transaction on both sides. Without a connection there is nothing to tell the server.
+    pub fn tpc_abort(&self, key: &TxnKey) -> Result<()> {
+        let generation = match &*self.txn() {
+            Some(txn) if txn.key == *key => txn.generation,
+            _ => return Ok(()),
+        };
+        let aborted = self.call_on(generation, "tpc_abort", &Call::TpcAbort { txn: key.clone() });
+        self.end_txn(key);
+        match aborted {
+            Ok(_) | Err(ClientError::Disconnected(_)) => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// True while `key` is the transaction being committed.
+    pub fn is_committing(&self, key: &TxnKey) -> bool {
+        self.txn().as_ref().is_some_and(|txn| txn.key == *key)
+    }
+
+    // ---- blobs
+
+    /// Downloads a blob to `target` (its partial file beside it). The caller holds the directory's lock. `None`: the
+    /// server sent nothing.
+    pub fn download_blob(&self, oid: Oid, serial: Tid, target: &Path) -> Result<Option<u64>> {
+        self.core.downloads.expect(oid, serial, target);
+        let answer = self.call("sendBlob", &Call::SendBlob { oid, serial });
+        let ended = self.core.downloads.take(oid, serial);
+        answer?;
+        ended.map_err(|error| ClientError::io(format!("blob {}", target.display()), error))
+    }
+
+    // ---- inside
+
+    /// A usable connection. Without a `timeout` now or never; before the first one ever it is not waited for, unless
+    /// the client is being made (`opening`).
+    fn operational(&self, timeout: Option<Duration>, opening: bool) -> Result<Arc<Connection>> {
+        if self.process != std::process::id() {
+            return Err(ClientError::Forked(self.process));
+        }
+        let mut deadline = None;
+        let mut state = self.state();
+        loop {
+            match &state.phase {
+                Phase::Operational(connection, _) if !connection.is_dead() => return Ok(connection.clone()),
+                Phase::Closed | Phase::Ended => {
+                    return Err(ClientError::disconnected(match &state.last_failure {
+                        Some(reason) if reason.contains("internal error") => reason.clone(),
+                        _ => "closed".into(),
+                    }));
+                }
+                _ => {}
+            }
+            let because = match &state.last_failure {
+                Some(reason) => format!(" ({reason})"),
+                None => String::new(),
+            };
+            if !state.was_ready && !opening {
+                return Err(ClientError::disconnected(format!("never connected{because}")));
+            }
+            let Some(timeout) = timeout else {
+                return Err(ClientError::disconnected(format!("not connected{because}")));
+            };
+            let deadline = *deadline.get_or_insert_with(|| Instant::now() + timeout);
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(ClientError::disconnected(format!("timed out waiting for connection{because}")));
+            }
+            (state, _) = self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    fn repeated<T>(&self, ask: impl Fn(&Connection) -> Result<T>) -> Result<T> {
+        let mut left = REPEATS;
+        loop {
+            let connection = self.operational(Some(self.options.wait_timeout), false)?;
+            match ask(&connection) {
+                Err(error) if error.is_disconnected() && left > 0 && !self.is_closing() => left -= 1,
+                other => return other,
+            }
+        }
+    }
+
+    fn may_wait(&self, name: &'static str) -> Result<()> {
+        if is_in_callback() { Err(ClientError::InCallback(name)) } else { Ok(()) }
+    }
+
+    /// Something about the transaction being committed, on the connection it began on.
+    fn in_txn<T>(
+        &self,
+        method: &'static str,
+        key: &TxnKey,
+        run: impl FnOnce(&Arc<Connection>, &mut Txn) -> Result<T>,
+    ) -> Result<T> {
+        let mut place = self.txn();
+        let Some(txn) = place.as_mut().filter(|txn| txn.key == *key) else {
+            return Err(wrong_txn(method));
+        };
+        let poisoned = || ClientError::disconnected(format!("{method} on a disconnected transaction"));
+        let connection = self.operational(None, false).map_err(|error| match error {
+            ClientError::Disconnected(_) => poisoned(),
+            other => other,
+        })?;
+        if connection.generation != txn.generation {
+            return Err(poisoned());
+        }
+        run(&connection, txn)
+    }
+
+    /// The next transaction may begin.
+    fn end_txn(&self, key: &TxnKey) {
+        self.txn().take_if(|txn| txn.key == *key);
+        self.txn_ended.notify_all();
+    }
+
+    fn is_closing(&self) -> bool {
+        self.closing.load(Ordering::Acquire)
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn txn(&self) -> MutexGuard<'_, Option<Txn>> {
+        self.txn.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn events(&self) -> MutexGuard<'_, Sender<Event>> {
+        self.events.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    // ---- for the background thread
+
+    fn install(&self, connection: &Arc<Connection>, session: Session) {
+        let mut state = self.state();
+        if matches!(state.phase, Phase::Closed) {
+            connection.fail(ClientError::disconnected("closed"));
+            return;
+        }
+        state.was_ready = true;
+        state.read_only = session.read_only;
+        state.last_failure = None;
+        state.phase = Phase::Operational(connection.clone(), session);
+        self.changed.notify_all();
+    }
+
+    fn uninstall(&self) {
+        let mut state = self.state();
+        if matches!(state.phase, Phase::Operational(..)) {
+            state.phase = Phase::Connecting;
+        }
+    }
+
+    /// The thread has ended; returns what there was.
+    fn end(&self) -> Phase {
+        let phase = std::mem::replace(&mut self.state().phase, Phase::Ended);
+        self.changed.notify_all();
+        self.txn_ended.notify_all();
+        phase
+    }
+
+    fn note_failure(&self, reason: String) {
+        let mut state = self.state();
+        // The same failure again is no news.
+        if state.last_failure.as_ref() != Some(&reason) {
+            tracing::warn!(name = self.options.name, reason, "not connected");
+        }
+        state.last_failure = Some(reason);
+    }
+
+    fn addresses_changed(&self) -> bool {
+        self.state().addresses_changed
+    }
+
+    fn take_addresses(&self) -> Vec<Address> {
+        let mut state = self.state();
+        state.addresses_changed = false;
+        state.addresses.clone()
+    }
+
+    fn drop_oids(&self) {
+        let mut stock = self.oids.lock().unwrap_or_else(PoisonError::into_inner);
+        stock.0 += 1;
+        stock.1.clear();
+    }
+}
+
+fn wrong_txn(method: &'static str) -> ClientError {
+    ClientError::Transaction(format!("{method}: this transaction is not the one being committed"))
+}
+
+fn oid_of(value: &Value) -> Option<Oid> {
+    match value {
+        Value::Bytes(bytes) => Oid::from_slice(bytes),
+        _ => None,
+    }
+}
+
+/// `oid` of a conflict error's attributes.
+fn fault_oid(data: &Value) -> Option<Oid> {
+    let Value::Dict(pairs) = data else { return None };
+    let (_, oid) = pairs.iter().find(|(key, _)| matches!(key, Value::Str(text) if text == "oid"))?;
+    oid_of(oid)
+}
+
+fn oids_of(value: &Value) -> Option<Vec<Oid>> {
+    match value {
+        Value::Tuple(items) | Value::List(items) => items.iter().map(oid_of).collect(),
+        _ => None,
+    }
+}

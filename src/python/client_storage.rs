@@ -1,0 +1,658 @@
+//! `_zeo.ClientStorageBase`: the client under `zeo_rs.ClientStorage`, which adds ZODB's interfaces, blobs and configuration.
+//!
+//! Every method that may wait gives the GIL up first. `loadBefore` and `new_oid` look for an answer that needs no
+//! waiting before they do: a cache hit costs one shard lock, one copy of the data into a `bytes` and no GIL transition.
+
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::Duration;
+
+use bytes::Bytes;
+use pyo3::exceptions::{PyRuntimeError, PyTypeError, PyValueError};
+use pyo3::prelude::*;
+use pyo3::types::{PyBytes, PyDict, PyString, PyTuple, PyWeakrefReference};
+
+use super::client_errors::client_error;
+use super::convert::{data_arg, oid_arg, oid_bytes, optional_tid_arg, serial_arg, tid_arg, tid_bytes};
+use super::values::{from_python, to_python};
+use super::{errors, logging};
+use crate::client::{
+    Access, CallbackError, Client, ClientError, DatabaseCallbacks, FinishCallback, Options, Session,
+};
+use crate::ids::{Oid, Tid};
+use crate::net::Address;
+use crate::pickle::{self, Value};
+use crate::storage::Loaded;
+use crate::wire::{Call, Encoding, TxnKey};
+
+type Revision<'py> = (Bound<'py, PyBytes>, Bound<'py, PyBytes>, Option<Bound<'py, PyBytes>>);
+
+#[pyclass(subclass, frozen, weakref, module = "zeo_rs._zeo")]
+pub(crate) struct ClientStorageBase {
+    client: OnceLock<Arc<Client>>,
+    /// The transaction being committed: keeps the object alive whose address is its key.
+    transaction: Mutex<Option<Py<PyAny>>>,
+}
+
+pub(crate) fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
+    m.add_class::<ClientStorageBase>()
+}
+
+#[pymethods]
+#[allow(non_snake_case)]
+impl ClientStorageBase {
+    #[new]
+    #[pyo3(signature = (*_args, **_kwargs))]
+    fn new(_args: &Bound<'_, PyTuple>, _kwargs: Option<&Bound<'_, PyDict>>) -> Self {
+        Self { client: OnceLock::new(), transaction: Mutex::new(None) }
+    }
+
+    /// Starts the client. `addresses`: text is a path, a pair host and port. `access`: `w`, `r`, or `wr` for
+    /// writable with fallback.
+    #[pyo3(signature = (addresses, storage, name, access, wait_timeout, cache_size, label=None))]
+    #[allow(clippy::too_many_arguments)]
+    fn _open(
+        slf: &Bound<'_, Self>,
+        addresses: Vec<Bound<'_, PyAny>>,
+        storage: String,
+        name: String,
+        access: &str,
+        wait_timeout: f64,
+        cache_size: usize,
+        label: Option<String>,
+    ) -> PyResult<()> {
+        let py = slf.py();
+        logging::refresh(py);
+        let mut options = Options::new(addresses_of(&addresses)?);
+        options.storage = storage;
+        options.name = name;
+        options.access = match access {
+            "r" => Access::ReadOnly,
+            "wr" => Access::Fallback,
+            _ => Access::Writable,
+        };
+        options.wait_timeout = Duration::try_from_secs_f64(wait_timeout)
+            .map_err(|_| PyValueError::new_err(format!("wait_timeout is no duration: {wait_timeout}")))?;
+        options.cache_size = cache_size;
+        options.label = label;
+        let callbacks = Arc::new(Callbacks(PyWeakrefReference::new(slf)?.unbind()));
+        let client = Client::open(options, callbacks).map_err(|error| client_error(py, error))?;
+        slf.get()
+            .client
+            .set(client)
+            .map_err(|_| PyRuntimeError::new_err("this storage has been opened already"))
+    }
+
+    fn _wait_connected(&self, py: Python<'_>, timeout: f64) -> PyResult<()> {
+        let timeout = Duration::try_from_secs_f64(timeout).unwrap_or_default();
+        self.wait(py, |client| client.wait_connected(timeout))
+    }
+
+    fn _close(&self, py: Python<'_>) -> PyResult<()> {
+        if let Some(client) = self.client.get() {
+            py.detach(|| client.close());
+        }
+        Ok(())
+    }
+
+    fn _set_addresses(&self, addresses: Vec<Bound<'_, PyAny>>) -> PyResult<()> {
+        self.client()?.set_addresses(addresses_of(&addresses)?);
+        Ok(())
+    }
+
+    // ---- loads
+
+    fn loadBefore<'py>(
+        &self,
+        py: Python<'py>,
+        oid: &Bound<'py, PyAny>,
+        tid: &Bound<'py, PyAny>,
+    ) -> PyResult<Option<Revision<'py>>> {
+        let (oid, before) = (oid_arg(oid)?, tid_arg(tid)?);
+        let client = self.client()?;
+        let loaded = match client.load_cached(oid, before) {
+            Some(loaded) => Some(loaded),
+            None => self.wait(py, |client| client.load_missed(oid, before))?,
+        };
+        Ok(loaded.map(|loaded| revision(py, &loaded)))
+    }
+
+    #[pyo3(signature = (oid, version = None))]
+    fn load<'py>(
+        &self,
+        py: Python<'py>,
+        oid: &Bound<'py, PyAny>,
+        version: Option<&Bound<'py, PyAny>>,
+    ) -> PyResult<(Bound<'py, PyBytes>, Bound<'py, PyBytes>)> {
+        let _ = version;
+        let oid = oid_arg(oid)?;
+        let client = self.client()?;
+        let loaded = match client.load_cached(oid, Tid::MAX) {
+            Some(loaded) => Some(loaded),
+            None => self.wait(py, |client| client.load_missed(oid, Tid::MAX))?,
+        };
+        let loaded = loaded.ok_or_else(|| errors::key_error(py, oid))?;
+        Ok((PyBytes::new(py, &loaded.data), tid_bytes(py, loaded.tid)))
+    }
+
+    fn loadSerial<'py>(
+        &self,
+        py: Python<'py>,
+        oid: &Bound<'py, PyAny>,
+        serial: &Bound<'py, PyAny>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let (oid, serial) = (oid_arg(oid)?, tid_arg(serial)?);
+        self.read(py, "loadSerial", &Call::LoadSerial { oid, serial })
+    }
+
+    fn getTid<'py>(&self, py: Python<'py>, oid: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
+        self.read(py, "getTid", &Call::GetTid { oid: oid_arg(oid)? })
+    }
+
+    /// Starts loading what the cache does not have; waits for nothing and never raises for the network.
+    fn prefetch(&self, py: Python<'_>, oids: &Bound<'_, PyAny>, tid: &Bound<'_, PyAny>) -> PyResult<()> {
+        let before = tid_arg(tid)?;
+        let oids = oids.try_iter()?.map(|oid| oid_arg(&oid?)).collect::<PyResult<Vec<Oid>>>()?;
+        let client = self.client()?;
+        py.detach(|| client.prefetch(&oids, before));
+        Ok(())
+    }
+
+    fn lastTransaction<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyBytes>> {
+        let client = self.client()?;
+        let tid = if client.last_tid_waits() { py.detach(|| client.last_tid()) } else { client.last_tid() };
+        Ok(tid_bytes(py, tid))
+    }
+
+    fn new_oid<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyBytes>> {
+        let oid = match self.client()?.try_new_oid() {
+            Some(oid) => oid,
+            None => self.wait(py, Client::new_oid)?,
+        };
+        Ok(oid_bytes(py, oid))
+    }
+
+    // ---- plain calls
+
+    #[pyo3(signature = (oid, size = 1))]
+    fn history<'py>(
+        &self,
+        py: Python<'py>,
+        oid: &Bound<'py, PyAny>,
+        size: i64,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        self.read(py, "history", &Call::History { oid: oid_arg(oid)?, size })
+    }
+
+    #[pyo3(signature = (next = None))]
+    fn record_iternext<'py>(
+        &self,
+        py: Python<'py>,
+        next: Option<&Bound<'py, PyAny>>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let next = next.map(oid_arg).transpose()?;
+        self.read(py, "record_iternext", &Call::RecordIternext { next })
+    }
+
+    #[pyo3(signature = (first = 0, last = -20, specification = None))]
+    fn undoInfo<'py>(
+        &self,
+        py: Python<'py>,
+        first: i64,
+        last: i64,
+        specification: Option<&Bound<'py, PyAny>>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let specification = specification.map_or(Ok(Value::None), from_python)?;
+        self.read(py, "undoInfo", &Call::UndoInfo { first, last, specification })
+    }
+
+    #[pyo3(signature = (first = 0, last = -20, filter = None))]
+    fn undoLog<'py>(
+        &self,
+        py: Python<'py>,
+        first: i64,
+        last: i64,
+        filter: Option<&Bound<'py, PyAny>>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        if filter.is_some() {
+            // A function cannot be sent.
+            return Ok(pyo3::types::PyList::empty(py).into_any());
+        }
+        self.read(py, "undoLog", &Call::UndoLog { first, last })
+    }
+
+    fn _pack(&self, py: Python<'_>, time: f64, wait: bool) -> PyResult<()> {
+        self.wait(py, |client| client.call("pack", &Call::Pack { time, wait })).map(drop)
+    }
+
+    #[pyo3(signature = (timeout = None))]
+    fn server_status<'py>(&self, py: Python<'py>, timeout: Option<f64>) -> PyResult<Bound<'py, PyAny>> {
+        let answer = self.wait(py, |client| {
+            let timeout = timeout.map(|t| Duration::try_from_secs_f64(t).unwrap_or_default());
+            let timeout = timeout.unwrap_or(client.options().wait_timeout);
+            client.call_within("server_status", &Call::ServerStatus, timeout)
+        })?;
+        to_python(py, &answer)
+    }
+
+    fn _ping(&self, py: Python<'_>) -> PyResult<()> {
+        self.wait(py, |client| client.read("ping", &Call::Ping)).map(drop)
+    }
+
+    // ---- iterators: they live in one connection
+
+    fn _iterator_start<'py>(
+        &self,
+        py: Python<'py>,
+        start: Option<&Bound<'py, PyAny>>,
+        stop: Option<&Bound<'py, PyAny>>,
+    ) -> PyResult<(u64, Bound<'py, PyAny>)> {
+        let (start, stop) = (optional_tid_arg(start)?, optional_tid_arg(stop)?);
+        let (generation, answer) = self.wait(py, |client| {
+            client.wait_connected(client.options().wait_timeout)?;
+            let generation = client.session().map_or(0, |session| session.generation);
+            let answer = client.call_on(generation, "iterator_start", &Call::IteratorStart { start, stop })?;
+            Ok((generation, answer))
+        })?;
+        Ok((generation, to_python(py, &answer)?))
+    }
+
+    fn _iterator_next<'py>(&self, py: Python<'py>, generation: u64, iid: i64) -> PyResult<Bound<'py, PyAny>> {
+        self.call_on(py, generation, "iterator_next", &Call::IteratorNext { iid })
+    }
+
+    fn _iterator_record_start<'py>(
+        &self,
+        py: Python<'py>,
+        generation: u64,
+        iid: i64,
+        tid: &Bound<'py, PyAny>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let call = Call::IteratorRecordStart { txn_iid: iid, tid: tid_arg(tid)? };
+        self.call_on(py, generation, "iterator_record_start", &call)
+    }
+
+    fn _iterator_record_next<'py>(
+        &self,
+        py: Python<'py>,
+        generation: u64,
+        iid: i64,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        self.call_on(py, generation, "iterator_record_next", &Call::IteratorRecordNext { iid })
+    }
+
+    /// Tells the server, with the next call, which of its iterators nobody needs any more.
+    fn _iterator_gc(&self, py: Python<'_>, generation: u64, iids: Vec<i64>) -> PyResult<()> {
+        let client = self.client()?;
+        if client.session().is_some_and(|session| session.generation == generation) {
+            py.detach(|| client.notify(&Call::IteratorGc { iids }));
+        }
+        Ok(())
+    }
+
+    // ---- two-phase commit
+
+    #[pyo3(signature = (transaction, tid = None, status = " "))]
+    fn tpc_begin(
+        &self,
+        py: Python<'_>,
+        transaction: &Bound<'_, PyAny>,
+        tid: Option<&Bound<'_, PyAny>>,
+        status: &str,
+    ) -> PyResult<()> {
+        let tid = optional_tid_arg(tid)?;
+        let status = match status.as_bytes() {
+            [status] => *status,
+            _ => return Err(PyValueError::new_err(format!("a status is one character, not {status:?}"))),
+        };
+        let text = |name: &str| -> PyResult<Bytes> {
+            let value = transaction.getattr(name)?;
+            match value.cast::<PyString>() {
+                Ok(text) => Ok(Bytes::copy_from_slice(text.to_str()?.as_bytes())),
+                Err(_) => data_arg(&value),
+            }
+        };
+        let (user, description, extension) = (text("user")?, text("description")?, extension_of(transaction)?);
+        let key = key_of(transaction);
+        self.wait(py, |client| client.tpc_begin(key, user, description, extension, tid, status))?;
+        *self.transaction() = Some(transaction.clone().unbind());
+        Ok(())
+    }
+
+    /// Queued and written with others; errors show at `tpc_vote`.
+    fn store(
+        &self,
+        py: Python<'_>,
+        oid: &Bound<'_, PyAny>,
+        serial: &Bound<'_, PyAny>,
+        data: &Bound<'_, PyAny>,
+        version: &Bound<'_, PyAny>,
+        transaction: &Bound<'_, PyAny>,
+    ) -> PyResult<()> {
+        no_version(version)?;
+        let (oid, serial, data, key) =
+            (oid_arg(oid)?, serial_arg(serial)?, data_arg(data)?, key_of(transaction));
+        self.wait(py, |client| client.store(&key, oid, serial, data))
+    }
+
+    fn checkCurrentSerialInTransaction(
+        &self,
+        py: Python<'_>,
+        oid: &Bound<'_, PyAny>,
+        serial: &Bound<'_, PyAny>,
+        transaction: &Bound<'_, PyAny>,
+    ) -> PyResult<()> {
+        let (oid, serial, key) = (oid_arg(oid)?, serial_arg(serial)?, key_of(transaction));
+        self.wait(py, |client| client.check_current(&key, oid, serial))
+    }
+
+    fn deleteObject(
+        &self,
+        py: Python<'_>,
+        oid: &Bound<'_, PyAny>,
+        serial: &Bound<'_, PyAny>,
+        transaction: &Bound<'_, PyAny>,
+    ) -> PyResult<()> {
+        let (oid, serial, key) = (oid_arg(oid)?, serial_arg(serial)?, key_of(transaction));
+        self.wait(py, |client| client.delete_object(&key, oid, serial))
+    }
+
+    #[allow(clippy::too_many_arguments)]
+    fn restore(
+        &self,
+        py: Python<'_>,
+        oid: &Bound<'_, PyAny>,
+        serial: &Bound<'_, PyAny>,
+        data: Option<&Bound<'_, PyAny>>,
+        version: &Bound<'_, PyAny>,
+        prev_txn: Option<&Bound<'_, PyAny>>,
+        transaction: &Bound<'_, PyAny>,
+    ) -> PyResult<()> {
+        no_version(version)?;
+        let (oid, serial, key) = (oid_arg(oid)?, serial_arg(serial)?, key_of(transaction));
+        let (data, prev) = (data.map(data_arg).transpose()?, optional_tid_arg(prev_txn)?);
+        self.wait(py, |client| client.restore(&key, oid, serial, data, prev))
+    }
+
+    fn undo(
+        &self,
+        py: Python<'_>,
+        trans_id: &Bound<'_, PyAny>,
+        transaction: &Bound<'_, PyAny>,
+    ) -> PyResult<()> {
+        let (trans_id, key) = (data_arg(trans_id)?, key_of(transaction));
+        self.wait(py, |client| client.undo(&key, trans_id))
+    }
+
+    #[allow(clippy::too_many_arguments)]
+    fn _store_blob(
+        &self,
+        py: Python<'_>,
+        oid: &Bound<'_, PyAny>,
+        serial: &Bound<'_, PyAny>,
+        data: &Bound<'_, PyAny>,
+        path: PathBuf,
+        shared: bool,
+        transaction: &Bound<'_, PyAny>,
+    ) -> PyResult<()> {
+        let (oid, serial, data, key) =
+            (oid_arg(oid)?, serial_arg(serial)?, data_arg(data)?, key_of(transaction));
+        self.wait(py, |client| {
+            if shared {
+                let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+                client.store_blob_shared(&key, oid, serial, data, name)
+            } else {
+                client.store_blob(&key, oid, serial, data, &path)
+            }
+        })
+    }
+
+    /// The answer to `vote`: oids resolved or undone by the server, dicts of conflicts to resolve.
+    fn _vote<'py>(
+        &self,
+        py: Python<'py>,
+        transaction: &Bound<'py, PyAny>,
+    ) -> PyResult<Vec<Bound<'py, PyAny>>> {
+        let key = key_of(transaction);
+        let answer = self.wait(py, |client| client.tpc_vote(&key))?;
+        answer.iter().map(|item| to_python(py, item)).collect()
+    }
+
+    fn _finish<'py>(
+        &self,
+        py: Python<'py>,
+        transaction: &Bound<'py, PyAny>,
+        callback: Option<Py<PyAny>>,
+    ) -> PyResult<Bound<'py, PyBytes>> {
+        let key = key_of(transaction);
+        let callback: FinishCallback = match callback {
+            None => Box::new(|_| Ok(())),
+            Some(callback) => Box::new(move |tid| {
+                Python::attach(|py| {
+                    let result = callback.call1(py, (tid_bytes(py, tid),)).map(drop);
+                    drop(callback);
+                    result.map_err(|error| CallbackError(Box::new(error.clone_ref(py)), error.to_string()))
+                })
+            }),
+        };
+        let finished = self.wait(py, |client| client.tpc_finish(&key, callback));
+        self.forget(transaction);
+        Ok(tid_bytes(py, finished?))
+    }
+
+    fn _abort(&self, py: Python<'_>, transaction: &Bound<'_, PyAny>) -> PyResult<()> {
+        let key = key_of(transaction);
+        let aborted = self.wait(py, |client| client.tpc_abort(&key));
+        self.forget(transaction);
+        aborted
+    }
+
+    fn _is_committing(&self, transaction: &Bound<'_, PyAny>) -> PyResult<bool> {
+        Ok(self.client()?.is_committing(&key_of(transaction)))
+    }
+
+    /// The transaction being committed, or `None`.
+    fn tpc_transaction(&self, py: Python<'_>) -> Option<Py<PyAny>> {
+        self.transaction().as_ref().map(|transaction| transaction.clone_ref(py))
+    }
+
+    // ---- blobs
+
+    /// Number of bytes, or `None` if the server sent nothing.
+    fn _download_blob(
+        &self,
+        py: Python<'_>,
+        oid: &Bound<'_, PyAny>,
+        serial: &Bound<'_, PyAny>,
+        path: PathBuf,
+    ) -> PyResult<Option<u64>> {
+        let (oid, serial) = (oid_arg(oid)?, tid_arg(serial)?);
+        self.wait(py, |client| client.download_blob(oid, serial, &path))
+    }
+
+    // ---- state
+
+    fn _is_connected(&self) -> bool {
+        self.client.get().is_some_and(|client| client.is_connected())
+    }
+
+    fn _is_read_only(&self) -> PyResult<bool> {
+        Ok(self.client()?.is_read_only())
+    }
+
+    fn _info<'py>(&self, py: Python<'py>, key: &str) -> PyResult<Option<Bound<'py, PyAny>>> {
+        self.client()?.info(key).map(|value| to_python(py, &value)).transpose()
+    }
+
+    /// `hits`, `misses` and the like of the object cache.
+    fn cache_stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let stats = self.client()?.cache().stats();
+        let dict = PyDict::new(py);
+        for (key, value) in [
+            ("hits", stats.hits),
+            ("misses", stats.misses),
+            ("stores", stats.stores),
+            ("evictions", stats.evictions),
+            ("invalidations", stats.invalidations),
+            ("revisions", stats.revisions),
+            ("bytes", stats.bytes),
+            ("max_bytes", stats.max_bytes),
+        ] {
+            dict.set_item(key, value)?;
+        }
+        Ok(dict)
+    }
+}
+
+impl ClientStorageBase {
+    fn client(&self) -> PyResult<&Arc<Client>> {
+        self.client.get().ok_or_else(|| PyRuntimeError::new_err("ClientStorage.__init__ has not been called"))
+    }
+
+    /// Runs what may wait without the GIL.
+    fn wait<T: Send>(
+        &self,
+        py: Python<'_>,
+        run: impl FnOnce(&Client) -> Result<T, ClientError> + Send,
+    ) -> PyResult<T> {
+        let client = self.client()?;
+        py.detach(|| run(client)).map_err(|error| client_error(py, error))
+    }
+
+    fn read<'py>(&self, py: Python<'py>, name: &'static str, call: &Call) -> PyResult<Bound<'py, PyAny>> {
+        let answer = self.wait(py, |client| client.read(name, call))?;
+        to_python(py, &answer)
+    }
+
+    fn call_on<'py>(
+        &self,
+        py: Python<'py>,
+        generation: u64,
+        name: &'static str,
+        call: &Call,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let answer = self.wait(py, |client| client.call_on(generation, name, call))?;
+        to_python(py, &answer)
+    }
+
+    fn transaction(&self) -> std::sync::MutexGuard<'_, Option<Py<PyAny>>> {
+        self.transaction.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn forget(&self, transaction: &Bound<'_, PyAny>) {
+        let ended = self.transaction().take_if(|open| open.is(transaction));
+        drop(ended);
+    }
+}
+
+impl Drop for ClientStorageBase {
+    fn drop(&mut self) {
+        if let Some(client) = self.client.get() {
+            client.start_close();
+        }
+    }
+}
+
+/// The storage, for the background thread. Weak: a storage nobody uses any more goes, and closes its client.
+struct Callbacks(Py<PyWeakrefReference>);
+
+impl Callbacks {
+    /// Calls a method of the storage, if it and the interpreter are still there. Its errors are reported, not raised:
+    /// there is nobody to catch them.
+    fn call(&self, method: &str, args: impl FnOnce(Python<'_>) -> PyResult<Py<PyTuple>>) {
+        Python::try_attach(|py| {
+            let called = (|| -> PyResult<()> {
+                let storage = self.0.bind(py).as_any().call0()?;
+                if !storage.is_none() {
+                    storage.call_method1(method, args(py)?.bind(py))?;
+                }
+                Ok(())
+            })();
+            if let Err(error) = called {
+                tracing::error!(method, %error, "a callback of the storage failed");
+                error.write_unraisable(py, None);
+            }
+        });
+    }
+}
+
+impl DatabaseCallbacks for Callbacks {
+    fn invalidate(&self, tid: Tid, oids: &[Oid]) {
+        self.call("_invalidate", |py| {
+            let oids: Vec<_> = oids.iter().map(|oid| oid_bytes(py, *oid)).collect();
+            Ok((tid_bytes(py, tid), oids).into_pyobject(py)?.unbind())
+        });
+    }
+
+    fn invalidate_cache(&self) {
+        self.call("_invalidate_cache", |py| Ok(PyTuple::empty(py).unbind()));
+    }
+
+    fn connected(&self, session: &Session) {
+        self.call("_connected", |py| {
+            let protocol = match session.encoding {
+                Encoding::Pickle => "Z5",
+                Encoding::Msgpack => "M5",
+            };
+            let args = (&session.host, session.port, protocol, session.read_only, session.generation);
+            Ok(args.into_pyobject(py)?.unbind())
+        });
+    }
+
+    fn disconnected(&self) {
+        self.call("_disconnected", |py| Ok(PyTuple::empty(py).unbind()));
+    }
+
+    fn stale_cache(&self) {
+        self.call("_stale_cache", |py| Ok(PyTuple::empty(py).unbind()));
+    }
+}
+
+fn revision<'py>(py: Python<'py>, loaded: &Loaded) -> Revision<'py> {
+    (
+        PyBytes::new(py, &loaded.data),
+        tid_bytes(py, loaded.tid),
+        loaded.end_tid.map(|end_tid| tid_bytes(py, end_tid)),
+    )
+}
+
+/// As ZEO does: the address of the transaction object.
+fn key_of(transaction: &Bound<'_, PyAny>) -> TxnKey {
+    Value::Int(transaction.as_ptr() as i64)
+}
+
+fn no_version(version: &Bound<'_, PyAny>) -> PyResult<()> {
+    if version.is_truthy()? { Err(PyTypeError::new_err("versions are not supported")) } else { Ok(()) }
+}
+
+/// The extension as a dict: from `extension_bytes`, so that its classes stay data, else from `extension`.
+fn extension_of(transaction: &Bound<'_, PyAny>) -> PyResult<Value> {
+    if let Ok(stored) = transaction.getattr("extension_bytes")
+        && let Ok(stored) = stored.cast::<PyBytes>()
+    {
+        return pickle::decode_extension(stored.as_bytes())
+            .map_err(|problem| PyValueError::new_err(format!("the transaction's extension: {problem}")));
+    }
+    match transaction.getattr("extension").or_else(|_| transaction.getattr("_extension")) {
+        Ok(extension) => from_python(&extension),
+        Err(_) => Ok(Value::Dict(Vec::new())),
+    }
+}
+
+fn addresses_of(addresses: &[Bound<'_, PyAny>]) -> PyResult<Vec<Address>> {
+    addresses
+        .iter()
+        .map(|address| {
+            if let Ok((host, port)) = address.extract::<(Option<String>, u16)>() {
+                return Ok(Address::tcp(host.unwrap_or_default(), port));
+            }
+            if let Ok(path) = address.extract::<PathBuf>() {
+                return Ok(Address::Unix(path));
+            }
+            Err(PyValueError::new_err(format!(
+                "{} is no address: use (host, port), a port, or the path of a unix socket",
+                address.repr()?
+            )))
+        })
+        .collect()
+}
