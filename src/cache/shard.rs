@@ -109,7 +109,9 @@ impl Shard {
     pub(super) fn store(&mut self, oid: Oid, tid: Tid, end_tid: Option<Tid>, data: Bytes) {
         let end = end_tid.unwrap_or(CURRENT);
         let mut uses = 0;
-        if let Some(newest) = self.objects.get(&oid.0).and_then(|revisions| revisions.as_slice().first().copied()) {
+        if let Some(newest) =
+            self.objects.get(&oid.0).and_then(|revisions| revisions.as_slice().first().copied())
+        {
             let node = &self.nodes[newest as usize];
             if end == CURRENT {
                 if tid < node.tid || (tid == node.tid && node.end != CURRENT) {
@@ -137,7 +139,8 @@ impl Shard {
     }
 
     pub(super) fn invalidate(&mut self, oid: Oid, tid: Option<Tid>) {
-        let Some(newest) = self.objects.get(&oid.0).and_then(|revisions| revisions.as_slice().first().copied())
+        let Some(newest) =
+            self.objects.get(&oid.0).and_then(|revisions| revisions.as_slice().first().copied())
         else {
             return;
         };

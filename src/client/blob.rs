@@ -71,7 +71,9 @@ impl Downloads {
 
     pub(super) fn chunk(&self, oid: Oid, serial: Tid, chunk: &[u8]) {
         self.with(oid, serial, |download| {
-            let Some(file) = &mut download.file else { return Err(io::Error::other("chunk before the start")) };
+            let Some(file) = &mut download.file else {
+                return Err(io::Error::other("chunk before the start"));
+            };
             file.write_all(chunk)?;
             download.bytes += chunk.len() as u64;
             Ok(())
@@ -80,7 +82,9 @@ impl Downloads {
 
     pub(super) fn stop(&self, oid: Oid, serial: Tid) {
         self.with(oid, serial, |download| {
-            let Some(file) = download.file.take() else { return Err(io::Error::other("end before the start")) };
+            let Some(file) = download.file.take() else {
+                return Err(io::Error::other("end before the start"));
+            };
             file.set_permissions(fs::Permissions::from_mode(0o400))?;
             fs::rename(&download.partial, &download.target)?;
             download.ended = Some(Ok(download.bytes));
@@ -126,7 +130,8 @@ enum State {
 
 impl Upload {
     pub(super) fn open(path: &Path, oid: Oid, serial: Tid, data: Bytes, txn: TxnKey) -> Result<Self> {
-        let file = File::open(path).map_err(|error| ClientError::io(format!("blob {}", path.display()), error))?;
+        let file =
+            File::open(path).map_err(|error| ClientError::io(format!("blob {}", path.display()), error))?;
         let end = Some(Call::StoreBlobEnd { oid, serial, data, txn });
         Ok(Self { file, path: path.to_owned(), state: State::Start, end })
     }

@@ -206,8 +206,8 @@ impl Connection {
         self.shared().check()?;
         let mut out = self.out();
         for call in calls {
-            let encoded = call
-                .and_then(|call| encode(&mut out, self.encoding, &MessageId::Seq(0), true, &call));
+            let encoded =
+                call.and_then(|call| encode(&mut out, self.encoding, &MessageId::Seq(0), true, &call));
             if let Err(error) = encoded {
                 drop(out);
                 // Half a sequence cannot be taken back.
@@ -371,7 +371,8 @@ impl Connection {
         while !self.is_dead() {
             match inbox.next(self.encoding) {
                 Ok(Some(message)) => {
-                    if !in_background && matches!(message, ServerMessage::Notice(Notice::InvalidateTransaction { .. }))
+                    if !in_background
+                        && matches!(message, ServerMessage::Notice(Notice::InvalidateTransaction { .. }))
                     {
                         inbox.put_back(message);
                         return true;
@@ -564,13 +565,7 @@ impl Drop for Role<'_> {
     }
 }
 
-fn encode(
-    out: &mut BytesMut,
-    encoding: Encoding,
-    id: &MessageId,
-    is_async: bool,
-    call: &Call,
-) -> Result<()> {
+fn encode(out: &mut BytesMut, encoding: Encoding, id: &MessageId, is_async: bool, call: &Call) -> Result<()> {
     wire::encode_call(encoding, id, is_async, call, out)
         .map_err(|problem| ClientError::Unsendable(problem.to_string()))
 }

@@ -33,7 +33,9 @@ pub enum ClientError {
     /// What a callback of `tpc_finish` raised.
     #[error("the callback of tpc_finish failed: {0}")]
     Callback(Arc<CallbackError>),
-    #[error("this storage was opened by process {0}, before a fork; open a ClientStorage of its own in every process")]
+    #[error(
+        "this storage was opened by process {0}, before a fork; open a ClientStorage of its own in every process"
+    )]
     Forked(u32),
     /// Blobs need a `blob_dir`.
     #[error("blobs are not configured: give ClientStorage a blob_dir")]

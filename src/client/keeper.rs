@@ -1,8 +1,8 @@
 //! The background thread: connects, verifies, reads while no caller does, keeps alive, connects again.
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::connection::Connection;
@@ -23,7 +23,11 @@ const NAP: Duration = Duration::from_millis(2);
 const IDLE: Duration = Duration::from_secs(1);
 
 pub(super) enum Event {
-    Dialled { round: u64, index: usize, result: Result<Box<Registered>, DialError> },
+    Dialled {
+        round: u64,
+        index: usize,
+        result: Result<Box<Registered>, DialError>,
+    },
     /// Look at the client's state: it is closing, or its addresses have changed.
     Look,
 }
@@ -156,9 +160,7 @@ impl Keeper {
         let attempt = self.attempts.get_mut(index)?;
         attempt.running = false;
         match result {
-            Ok(registered) => {
-                Some(registered)
-            }
+            Ok(registered) => Some(registered),
             Err(error) => {
                 attempt.due = Instant::now() + attempt.backoff.next(timers.retry_min, timers.retry_max);
                 let text = format!("{}: {error}", attempt.address);
@@ -183,7 +185,8 @@ impl Keeper {
         let client = self.client.clone();
         let deadline = Instant::now() + client.options.timers.handshake;
         let (tid, oids) = self.verify(&mut registered, deadline)?;
-        let Value::Dict(info) = registered.call("get_info", &Call::GetInfo, deadline, &client.closing)? else {
+        let Value::Dict(info) = registered.call("get_info", &Call::GetInfo, deadline, &client.closing)?
+        else {
             return Err(DialError::Unexpected("get_info"));
         };
         client.core.merge_info(info);
@@ -237,8 +240,12 @@ impl Keeper {
         if core.cache.is_empty() || cached == server {
             return Ok((server, Vec::new()));
         }
-        let answer =
-            registered.call("getInvalidations", &Call::GetInvalidations { tid: cached }, deadline, &client.closing)?;
+        let answer = registered.call(
+            "getInvalidations",
+            &Call::GetInvalidations { tid: cached },
+            deadline,
+            &client.closing,
+        )?;
         if let Some((tid, oids)) = invalidations_of(&answer) {
             for &oid in &oids {
                 core.cache.invalidate(oid, None);
@@ -287,7 +294,10 @@ impl Keeper {
                 let until = alive.min(if probing { probe } else { alive });
                 let timeout = until.saturating_duration_since(Instant::now()).min(IDLE);
                 let buffered = connection.has_buffered() && !connection.is_led();
-                match connection.stream.poll(Some(&client.wake), if buffered { Duration::ZERO } else { timeout }) {
+                match connection
+                    .stream
+                    .poll(Some(&client.wake), if buffered { Duration::ZERO } else { timeout })
+                {
                     Ok(ready) if ready.socket || buffered => connection.read_in_background(),
                     Ok(_) => {}
                     Err(error) => connection
@@ -382,7 +392,8 @@ impl Drop for End<'_> {
         self.0.closing.store(true, Ordering::Release);
         let phase = self.0.end();
         if let Phase::Operational(connection, _) = phase {
-            connection.fail(ClientError::disconnected("internal error in the client's background thread (a bug)"));
+            connection
+                .fail(ClientError::disconnected("internal error in the client's background thread (a bug)"));
         }
     }
 }

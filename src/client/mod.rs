@@ -191,7 +191,9 @@ impl Client {
     /// The value of a key of `get_info`.
     pub fn info(&self, key: &str) -> Option<Value> {
         let info = self.core.info();
-        info.iter().find(|(known, _)| matches!(known, Value::Str(text) if text == key)).map(|(_, value)| value.clone())
+        info.iter()
+            .find(|(known, _)| matches!(known, Value::Str(text) if text == key))
+            .map(|(_, value)| value.clone())
     }
 
     /// Why the client is not connected, as far as it knows.
@@ -309,8 +311,10 @@ impl Client {
             let generation = stock.0;
             drop(stock);
             let answer = self.call("new_oids", &Call::NewOids { count: MAX_NEW_OIDS as i64 })?;
-            let oids = oids_of(&answer)
-                .ok_or(ClientError::UnexpectedAnswer { call: "new_oids", problem: "no list of oids".into() })?;
+            let oids = oids_of(&answer).ok_or(ClientError::UnexpectedAnswer {
+                call: "new_oids",
+                problem: "no list of oids".into(),
+            })?;
             let mut stock = self.oids.lock().unwrap_or_else(PoisonError::into_inner);
             if stock.0 == generation {
                 stock.1.extend(oids);
@@ -349,7 +353,9 @@ impl Client {
             match &*txn {
                 None => break,
                 Some(open) if open.key == key => {
-                    return Err(ClientError::Transaction("Duplicate tpc_begin calls for same transaction".into()));
+                    return Err(ClientError::Transaction(
+                        "Duplicate tpc_begin calls for same transaction".into(),
+                    ));
                 }
                 Some(_) => {}
             }
@@ -360,7 +366,14 @@ impl Client {
         }
         // Held while waiting for a connection: whoever wants it waits for its turn in any case.
         let connection = self.operational(Some(self.options.wait_timeout), false)?;
-        connection.send_async(&Call::TpcBegin { txn: key.clone(), user, description, extension, tid, status })?;
+        connection.send_async(&Call::TpcBegin {
+            txn: key.clone(),
+            user,
+            description,
+            extension,
+            tid,
+            status,
+        })?;
         *txn = Some(Txn::new(key, connection.generation, self.core.cache.max_bytes() / 2));
         Ok(())
     }
@@ -470,8 +483,9 @@ impl Client {
     /// connection is given up, because cache and server may disagree.
     pub fn tpc_finish(&self, key: &TxnKey, callback: FinishCallback) -> Result<Tid> {
         self.may_wait("tpc_finish")?;
-        let (connection, finish) =
-            self.in_txn("tpc_finish", key, |connection, txn| Ok((connection.clone(), txn.take_finish(callback))))?;
+        let (connection, finish) = self.in_txn("tpc_finish", key, |connection, txn| {
+            Ok((connection.clone(), txn.take_finish(callback)))
+        })?;
         // Until the answer is there the next transaction waits: a server may take the calls of a connection
         // side by side.
         let answer = connection.finish(&Call::TpcFinish { txn: key.clone() }, finish);

@@ -105,8 +105,7 @@ impl Stream {
         let name = tls.server_name.as_deref().unwrap_or(host).to_owned();
         let name = rustls::pki_types::ServerName::try_from(name.clone())
             .map_err(|_| io::Error::other(format!("TLS: {name:?} is no host name")))?;
-        let mut connection =
-            rustls::ClientConnection::new(tls.config.clone(), name).map_err(tls_error)?;
+        let mut connection = rustls::ClientConnection::new(tls.config.clone(), name).map_err(tls_error)?;
         while connection.is_handshaking() {
             while connection.wants_write() {
                 connection.write_tls(&mut RawWriter(self))?;

@@ -82,7 +82,11 @@ fn fault_error(py: Python<'_>, fault: &Fault) -> PyResult<PyErr> {
     })
 }
 
-fn conflict(py: Python<'_>, class: Bound<'_, pyo3::types::PyType>, data: &Bound<'_, PyAny>) -> PyResult<PyErr> {
+fn conflict(
+    py: Python<'_>,
+    class: Bound<'_, pyo3::types::PyType>,
+    data: &Bound<'_, PyAny>,
+) -> PyResult<PyErr> {
     let keywords = PyDict::new(py);
     let mut class_name = None;
     if let Ok(given) = data.cast::<PyDict>() {

@@ -251,7 +251,8 @@ impl ClientStorageBase {
         let (generation, answer) = self.wait(py, |client| {
             client.wait_connected(client.options().wait_timeout)?;
             let generation = client.session().map_or(0, |session| session.generation);
-            let answer = client.call_on(generation, "iterator_start", &Call::IteratorStart { start, stop })?;
+            let answer =
+                client.call_on(generation, "iterator_start", &Call::IteratorStart { start, stop })?;
             Ok((generation, answer))
         })?;
         Ok((generation, to_python(py, &answer)?))
@@ -312,7 +313,8 @@ impl ClientStorageBase {
                 Err(_) => data_arg(&value),
             }
         };
-        let (user, description, extension) = (text("user")?, text("description")?, extension_of(transaction)?);
+        let (user, description, extension) =
+            (text("user")?, text("description")?, extension_of(transaction)?);
         let key = key_of(transaction);
         self.wait(py, |client| client.tpc_begin(key, user, description, extension, tid, status))?;
         *self.transaction() = Some(transaction.clone().unbind());

@@ -78,7 +78,8 @@ fn convert(value: &Bound<'_, PyAny>, depth: usize) -> PyResult<Value> {
     } else if let Ok(list) = value.cast::<PyList>() {
         Ok(Value::List(items(list.iter().collect())?))
     } else if let Ok(dict) = value.cast::<PyDict>() {
-        let pairs = dict.iter().map(|(key, value)| Ok((convert(&key, depth + 1)?, convert(&value, depth + 1)?)));
+        let pairs =
+            dict.iter().map(|(key, value)| Ok((convert(&key, depth + 1)?, convert(&value, depth + 1)?)));
         Ok(Value::Dict(pairs.collect::<PyResult<_>>()?))
     } else {
         Err(PyTypeError::new_err(format!(

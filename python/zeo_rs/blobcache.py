@@ -1,0 +1,278 @@
+"""Where a client keeps blobs: a cache of its own, or the server's directory.
+
+Both share their directory with other processes, ZEO's Python clients among them: same names, same lock files
+(``zc.lockfile``), same order of eviction.
+"""
+
+import logging
+import os
+import re
+import threading
+import time
+
+import zc.lockfile
+import ZODB.blob
+from ZODB.POSException import POSKeyError
+from ZODB.utils import u64
+
+logger = logging.getLogger(__name__)
+
+LAYOUT = "zeocache"
+#: Directories of the cache layout; oids are spread over them.
+DIRECTORIES = 997
+
+LOCK_POLL = 0.01
+LOCK_TIMEOUT = 600.0
+
+
+class CacheLayout:
+    """``<oid mod 997>/<oid div 997>.<tid in hex>.blob``"""
+
+    def oid_to_path(self, oid):
+        return str(u64(oid) % DIRECTORIES)
+
+    def getBlobFilePath(self, oid, tid):
+        base, directory = divmod(u64(oid), DIRECTORIES)
+        return os.path.join(str(directory), f"{base}.{tid.hex()}{ZODB.blob.BLOB_SUFFIX}")
+
+
+class Blobs:
+    """Files of the transaction being committed; what a cache and a shared directory have in common."""
+
+    def __init__(self):
+        self._taken = {}
+
+    def take(self, oid, serial, filename, transaction):
+        """Move a file to where it can be renamed into place later. Returns its path."""
+        self.fshelper.createPathForOID(oid)
+        fd, name = self.fshelper.blob_mkstemp(oid, serial)
+        os.close(fd)
+        # Only names ending in .tmp and one character are taken from clients by servers.
+        target = name + "-"
+        ZODB.blob.rename_or_copy_blob(filename, target)
+        os.remove(name)
+        os.chmod(target, 0o444)
+        self._taken.setdefault(transaction, []).append((oid, target))
+        return target
+
+    def aborted(self, transaction):
+        for _, path in self._taken.pop(transaction, ()):
+            _remove(path)
+
+    def open(self, storage, oid, serial, blob=None):
+        path = self.load(storage, oid, serial)
+        if blob is None:
+            return open(path, "rb")
+        return ZODB.blob.BlobFile(path, "r", blob)
+
+    def close(self):
+        for transaction in list(self._taken):
+            self.aborted(transaction)
+
+
+class SharedBlobs(Blobs):
+    """The server's blob directory, on a shared file system."""
+
+    def __init__(self, directory):
+        super().__init__()
+        self.fshelper = ZODB.blob.FilesystemHelper(directory)
+
+    def finished(self, transaction, tid):
+        # The server has moved the files.
+        self._taken.pop(transaction, None)
+
+    def load(self, storage, oid, serial):
+        path = self.fshelper.getBlobFilename(oid, serial)
+        if not os.path.exists(path):
+            raise POSKeyError("No blob file", oid, serial)
+        return path
+
+
+class BlobCache(Blobs):
+    """A directory of downloaded blobs, kept at ``size`` bytes in the background."""
+
+    def __init__(self, directory, size, check_percent, name):
+        super().__init__()
+        ZODB.blob.LAYOUTS.setdefault(LAYOUT, CacheLayout())
+        self.fshelper = ZODB.blob.FilesystemHelper(directory, layout_name=LAYOUT)
+        self.fshelper.create()
+        self.directory = directory
+        self._name = name
+        self._limit = size
+        self._check_after = self._target = None
+        self._added = 0
+        self._lock = threading.Lock()
+        self._checker = None
+        if size is not None:
+            if not 0 <= check_percent < 100:
+                raise ValueError(f"blob_cache_size_check is a percentage below 100, not {check_percent}")
+            self._check_after = size * check_percent // 100
+            self._target = max(size - self._check_after, 0)
+            self._check()
+
+    def finished(self, transaction, tid):
+        for oid, path in self._taken.pop(transaction, ()):
+            target = self.fshelper.getBlobFilename(oid, tid)
+            size = os.stat(path).st_size
+            lock = _lock_directory(os.path.dirname(target))
+            try:
+                ZODB.blob.rename_or_copy_blob(path, target, chmod=False)
+            finally:
+                lock.close()
+            self._count(size)
+
+    def load(self, storage, oid, serial):
+        path = self.fshelper.getBlobFilename(oid, serial)
+        if _used(path):
+            return path
+        self.fshelper.createPathForOID(oid)
+        lock = _lock_directory(os.path.dirname(path))
+        try:
+            return self._load_locked(storage, oid, serial, path)
+        finally:
+            lock.close()
+
+    def open(self, storage, oid, serial, blob=None):
+        try:
+            return super().open(storage, oid, serial, blob)
+        except FileNotFoundError:
+            # Evicted between finding and opening it: keep the directory locked this time.
+            path = self.fshelper.getBlobFilename(oid, serial)
+            lock = _lock_directory(os.path.dirname(path))
+            try:
+                self._load_locked(storage, oid, serial, path)
+                return open(path, "rb") if blob is None else ZODB.blob.BlobFile(path, "r", blob)
+            finally:
+                lock.close()
+
+    def close(self):
+        super().close()
+        checker = self._checker
+        if checker is not None:
+            checker.join(timeout=1)
+
+    def _load_locked(self, storage, oid, serial, path):
+        if not _used(path):
+            size = storage._download_blob(oid, serial, path)
+            if not os.path.exists(path):
+                raise POSKeyError("No blob file", oid, serial)
+            self._count(size or 0)
+        return path
+
+    def _count(self, size):
+        if self._limit is None:
+            return
+        with self._lock:
+            self._added += size
+            due = self._added >= self._check_after
+        if due:
+            self._check()
+
+    def _check(self):
+        with self._lock:
+            self._added = 0
+            if self._checker is not None and self._checker.is_alive():
+                return
+            self._checker = threading.Thread(
+                target=check_size,
+                args=(self.directory, self._target),
+                name=f"{self._name} zeo blob cache check",
+                daemon=True,
+            )
+            self._checker.start()
+
+
+def check_size(directory, target):
+    """Remove the files used longest ago until at most ``target`` bytes are left.
+
+    One process at a time: another that wants to leaves a mark, on which the first one looks again.
+    """
+    attempt = os.path.join(directory, "check_size.attempt")
+    lock_path = os.path.join(directory, "check_size.lock")
+    lock = _try_lock(lock_path)
+    if lock is None:
+        time.sleep(1)
+        lock = _try_lock(lock_path)
+    if lock is None:
+        with open(attempt, "w"):
+            return
+    try:
+        while True:
+            total, files = _scan(directory)
+            for _, path, size in sorted(files):
+                if total <= target:
+                    break
+                if _evict(path):
+                    total -= size
+            if not os.path.exists(attempt):
+                return
+            _remove(attempt)
+    finally:
+        lock.close()
+
+
+def _scan(directory):
+    total, files = 0, []
+    for name in os.listdir(directory):
+        if not re.fullmatch(r"\d+", name):
+            continue
+        for entry in os.scandir(os.path.join(directory, name)):
+            if entry.name.endswith(ZODB.blob.BLOB_SUFFIX):
+                try:
+                    stat = entry.stat()
+                except FileNotFoundError:
+                    continue
+                total += stat.st_size
+                files.append((stat.st_atime, entry.path, stat.st_size))
+    return total, files
+
+
+def _evict(path):
+    lock = _try_lock(os.path.join(os.path.dirname(path), ".lock"))
+    if lock is None:
+        return False
+    try:
+        return _remove(path)
+    finally:
+        lock.close()
+
+
+def _remove(path):
+    try:
+        os.remove(path)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        logger.warning("cannot remove %s: %s", path, error)
+        return False
+    return True
+
+
+def _used(path):
+    """Whether the file is there; marks it used, since mounts often keep no access times."""
+    try:
+        os.utime(path, (time.time(), os.stat(path).st_mtime))
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return os.path.exists(path)
+    return True
+
+
+def _try_lock(path):
+    try:
+        return zc.lockfile.LockFile(path)
+    except zc.lockfile.LockError:
+        return None
+
+
+def _lock_directory(directory):
+    path = os.path.join(directory, ".lock")
+    deadline = time.monotonic() + LOCK_TIMEOUT
+    while True:
+        lock = _try_lock(path)
+        if lock is not None:
+            return lock
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{path} stays locked by another process")
+        time.sleep(LOCK_POLL)

@@ -1,0 +1,411 @@
+"""``ClientStorage``: a ZODB storage that lives on a ZEO server.
+
+The client itself is Rust (``zeo_rs._zeo``). This module gives it ZEO's constructor and ZODB's interfaces, and does what is
+ZODB's business in Python: conflict resolution, blob directories, iteration.
+"""
+
+import logging
+import os
+import socket
+import time
+import warnings
+import weakref
+
+import ZODB.BaseStorage
+import ZODB.event
+import ZODB.interfaces
+import zope.interface
+from ZODB.ConflictResolution import ConflictResolvingStorage
+from ZODB.POSException import ConflictError, StorageTransactionError, Unsupported
+
+from . import _zeo
+from .blobcache import BlobCache, SharedBlobs
+from .exceptions import ClientDisconnected
+from .interfaces import StaleCache
+
+logger = logging.getLogger(__name__)
+
+MB = 1 << 20
+
+#: Conflicts of one transaction that are resolved in turn before it fails.
+MAX_VOTES = 9
+
+#: What a server's storage may declare and this one then declares too.
+OPTIONAL_INTERFACES = {
+    ("ZODB.interfaces", name): getattr(ZODB.interfaces, name)
+    for name in (
+        "IStorageRestoreable",
+        "IStorageIteration",
+        "IStorageUndoable",
+        "IStorageCurrentRecordIteration",
+        "IBlobStorage",
+        "IExternalGC",
+    )
+}
+
+
+@zope.interface.implementer(ZODB.interfaces.IMultiCommitStorage)
+class ClientStorage(ConflictResolvingStorage, _zeo.ClientStorageBase):
+    """A storage on a server. Takes the arguments of ZEO's class; safe for any number of threads.
+
+    addr
+        A port, ``(host, port)``, the path of a unix socket, or a list of such: servers of the same data.
+    storage
+        Name of the storage on the server.
+    cache_size
+        Bytes of the object cache, overhead included.
+    wait, wait_timeout
+        Whether to wait for the server now; for how many seconds calls wait for a connection (30).
+    read_only, read_only_fallback
+        Ask for a read-only connection; or for a writable one, but take a read-only one until there is one.
+    blob_dir, shared_blob_dir, blob_cache_size, blob_cache_size_check
+        Where blobs are kept; whether that is the server's own directory; how many bytes to keep, and after how
+        many percent of them to look.
+    client_label
+        Shown in the server's log.
+    server_sync
+        Whether ``sync()``, called when a transaction begins, asks the server for everything committed until now.
+    """
+
+    def __init__(
+        self,
+        addr,
+        storage="1",
+        cache_size=20 * MB,
+        name="",
+        wait_timeout=None,
+        disconnect_poll=None,
+        read_only=0,
+        read_only_fallback=0,
+        blob_dir=None,
+        shared_blob_dir=False,
+        blob_cache_size=None,
+        blob_cache_size_check=10,
+        client_label=None,
+        cache=None,
+        ssl=None,
+        ssl_server_hostname=None,
+        client=None,
+        var=None,
+        min_disconnect_poll=1,
+        max_disconnect_poll=None,
+        wait=True,
+        drop_cache_rather_verify=True,
+        credentials=None,
+        server_sync=False,
+        username=None,
+        password=None,
+        realm=None,
+    ):
+        if credentials is not None or username or password or realm:
+            warnings.warn(
+                "credentials, username, password and realm give no security: the protocol has no"
+                " authentication. Use TLS with client certificates.",
+                stacklevel=2,
+            )
+        if isinstance(addr, int):
+            addr = ("127.0.0.1", addr)
+        self.__name__ = name or str(addr)
+        self._addr = addr
+        self._storage = storage
+        self._db = None
+        self._server_addr = None
+        self._resolved_server_addr = None
+        self.protocol_version = None
+        self._iterators = weakref.WeakSet()
+        self._dropped_iterators = []
+        self.server_sync = server_sync
+        self.blob_dir = blob_dir
+        self.shared_blob_dir = shared_blob_dir
+        self._blobs = None
+        self.fshelper = None
+        if blob_dir is not None:
+            if shared_blob_dir:
+                self._blobs = SharedBlobs(blob_dir)
+            else:
+                self._blobs = BlobCache(blob_dir, blob_cache_size, blob_cache_size_check, self.__name__)
+            self.fshelper = self._blobs.fshelper
+        wait_timeout = wait_timeout or 30
+        logger.info(
+            "%s %s (pid=%d) created %s/%s for storage: %r",
+            self.__name__,
+            self.__class__.__name__,
+            os.getpid(),
+            "RO" if read_only else "RW",
+            "fallback" if read_only_fallback else "normal",
+            storage,
+        )
+        self._open(
+            _addresses(addr),
+            storage,
+            self.__name__,
+            "wr" if read_only_fallback else "r" if read_only else "w",
+            wait_timeout,
+            cache_size,
+            client_label,
+        )
+        if wait:
+            try:
+                self._wait_connected(wait_timeout)
+            except BaseException:
+                self._close()
+                raise
+
+    # ---- life
+
+    def close(self):
+        """End the connection and the background threads. May be called again."""
+        self._close()
+        if self._blobs is not None:
+            self._blobs.close()
+        self.ping = self.sync = None  # they refer to the storage
+
+    def new_addr(self, addr):
+        """Other servers of the same data, from the next connection on."""
+        if isinstance(addr, int):
+            addr = ("127.0.0.1", addr)
+        self._addr = addr
+        self._set_addresses(_addresses(addr))
+
+    def registerDB(self, db):
+        """Take the database to be told of invalidations."""
+        super().registerDB(db)
+        self._db = db
+
+    def sync(self):
+        """Nothing: the client is kept up to date as things happen (see ``server_sync``)."""
+
+    def is_connected(self, test=False):
+        return self._is_connected()
+
+    # ---- told by the client's background thread
+
+    def _invalidate(self, tid, oids):
+        db = self._db
+        if db is not None:
+            db.invalidate(tid, oids)
+
+    def _invalidate_cache(self):
+        db = self._db
+        if db is not None:
+            db.invalidateCache()
+
+    def _connected(self, host, port, protocol, read_only, generation):
+        self._server_addr = host if port is None else (host, port)
+        self._resolved_server_addr = None
+        self.protocol_version = protocol.encode()
+        for interface in self._info("interfaces") or ():
+            known = OPTIONAL_INTERFACES.get(tuple(interface))
+            if known is not None and not known.providedBy(self):
+                zope.interface.alsoProvides(self, known)
+        self.ping = self._ping
+        if self.server_sync:
+            self.sync = self._ping
+        self.notify_connected()
+
+    def _disconnected(self):
+        self.notify_disconnected()
+
+    def _stale_cache(self):
+        ZODB.event.notify(StaleCache(self))
+
+    def notify_connected(self):
+        """A connection is ready. For subclasses; must not call the server."""
+
+    def notify_disconnected(self):
+        """The connection was lost. For subclasses; must not call the server."""
+
+    # ---- state
+
+    def getName(self):
+        return f"{self.__name__} ({'connected' if self._is_connected() else 'disconnected'})"
+
+    def sortKey(self):
+        """The same in all clients of one server: orders commits over several databases."""
+        address = self._server_addr
+        if address is None:
+            raise ClientDisconnected("sortKey before the first connection")
+        if self._resolved_server_addr is None:
+            if isinstance(address, tuple):
+                host, port = address
+                try:
+                    host = socket.gethostbyaddr(host)[0]
+                except OSError:
+                    pass
+                address = str((host, port))
+            self._resolved_server_addr = address
+        return f"{self._storage}:{self._resolved_server_addr}"
+
+    def __len__(self):
+        return self._info("length") or 0
+
+    def __bool__(self):
+        return True
+
+    def getSize(self):
+        return self._info("size") or 0
+
+    def supportsUndo(self):
+        return bool(self._info("supportsUndo"))
+
+    def isReadOnly(self):
+        return not self._is_connected() or self._is_read_only()
+
+    is_read_only = isReadOnly
+
+    # ---- calls
+
+    def pack(self, t=None, referencesf=None, wait=1, days=0):
+        """Remove revisions that were not current at ``t`` (default: now), less ``days``."""
+        if t is None:
+            t = time.time()
+        self._pack(t - days * 86400, bool(wait))
+
+    def iterator(self, start=None, stop=None):
+        """The transactions from ``start`` to ``stop``, both included."""
+        return TransactionIterator(self, start, stop)
+
+    def copyTransactionsFrom(self, other, verbose=0):
+        """Copy every transaction of ``other``, with tids and status, without blobs."""
+        ZODB.BaseStorage.copy(other, self, verbose)
+
+    # ---- two-phase commit
+
+    def tpc_vote(self, transaction):
+        """Vote; resolve the conflicts that the server leaves to its clients, and vote again."""
+        resolved = []
+        for _ in range(MAX_VOTES):
+            try:
+                answer = self._vote(transaction)
+            except ConflictError:
+                self._drop_blobs(transaction)
+                raise
+            conflicts = [item for item in answer if isinstance(item, dict)]
+            resolved.extend(item for item in answer if not isinstance(item, dict))
+            if not conflicts:
+                return resolved or None
+            for conflict in conflicts:
+                oid, (committed, read) = conflict["oid"], conflict["serials"]
+                data = self.tryToResolveConflict(oid, committed, read, conflict["data"])
+                self.store(oid, committed, data, "", transaction)
+                resolved.append(oid)
+        raise ConflictError(f"still conflicts after {MAX_VOTES} votes")
+
+    def tpc_finish(self, transaction, f=None):
+        self._gc_iterators()
+        tid = self._finish(transaction, f)
+        if self._blobs is not None:
+            self._blobs.finished(id(transaction), tid)
+        return tid
+
+    def tpc_abort(self, transaction, timeout=None):
+        self._gc_iterators()
+        self._drop_blobs(transaction)
+        self._abort(transaction)
+
+    def _drop_blobs(self, transaction):
+        if self._blobs is not None:
+            self._blobs.aborted(id(transaction))
+
+    # ---- blobs
+
+    def _blob_storage(self):
+        if self._blobs is None:
+            raise Unsupported("Blobs need a blob_dir: give ClientStorage one.")
+        return self._blobs
+
+    def storeBlob(self, oid, serial, data, blobfilename, version, transaction):
+        """Store an object with its blob. Takes the file over."""
+        assert not version
+        blobs = self._blob_storage()
+        if not self._is_committing(transaction):
+            raise StorageTransactionError(self.tpc_transaction(), transaction)
+        path = blobs.take(oid, serial, blobfilename, id(transaction))
+        self._store_blob(oid, serial, data, path, self.shared_blob_dir, transaction)
+
+    def loadBlob(self, oid, serial):
+        """Path of the blob's committed file; it may go when the cache is full, an open file stays readable."""
+        return self._blob_storage().load(self, oid, serial)
+
+    def openCommittedBlobFile(self, oid, serial, blob=None):
+        return self._blob_storage().open(self, oid, serial, blob)
+
+    def temporaryDirectory(self):
+        return self._blob_storage().fshelper.temp_dir
+
+    # ---- iterators
+
+    def _gc_iterators(self):
+        while self._dropped_iterators:
+            dropped, self._dropped_iterators = self._dropped_iterators, []
+            by_connection = {}
+            for generation, iid in dropped:
+                by_connection.setdefault(generation, []).append(iid)
+            for generation, iids in by_connection.items():
+                self._iterator_gc(generation, iids)
+
+
+class TransactionIterator:
+    """Transactions of the server, one call each. Lives in one connection."""
+
+    def __init__(self, storage, start, stop):
+        self._storage = storage
+        self._generation, self._iid = storage._iterator_start(start, stop)
+        self._ended = False
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        if self._ended:
+            raise StopIteration
+        answer = self._storage._iterator_next(self._generation, self._iid)
+        if answer is None:
+            self._ended = True
+            raise StopIteration
+        return TransactionRecord(self, *answer)
+
+    next = __next__
+
+    def close(self):
+        """Let the server forget it."""
+        if not self._ended:
+            self._ended = True
+            self._storage._dropped_iterators.append((self._generation, self._iid))
+
+    def __del__(self):
+        if not getattr(self, "_ended", True):
+            self.close()
+
+
+class TransactionRecord(ZODB.BaseStorage.TransactionRecord):
+    """A transaction; iterates over its data records, which must be done before the next transaction is asked for."""
+
+    def __init__(self, transactions, tid, status, user, description, extension):
+        super().__init__(tid, status, user, description, extension)
+        self._transactions = transactions
+
+    def __iter__(self):
+        storage, generation = self._transactions._storage, self._transactions._generation
+        iid = storage._iterator_record_start(generation, self._transactions._iid, self.tid)
+        ended = False
+        try:
+            while True:
+                answer = storage._iterator_record_next(generation, iid)
+                if answer is None:
+                    ended = True
+                    return
+                oid, tid, data, data_txn = answer
+                yield ZODB.BaseStorage.DataRecord(oid, tid, data, data_txn)
+        finally:
+            if not ended:
+                storage._dropped_iterators.append((generation, iid))
+
+
+def _addresses(addr):
+    """A list of paths and ``(host, port)``."""
+    if isinstance(addr, (str, os.PathLike)):
+        return [os.fspath(addr)]
+    if isinstance(addr, tuple) and len(addr) == 2 and isinstance(addr[1], int):
+        return [addr]
+    return [("127.0.0.1", one) if isinstance(one, int) else one for one in addr]
