@@ -5,7 +5,9 @@ mod client_errors;
 mod client_storage;
 mod convert;
 mod errors;
+mod file_storage;
 mod logging;
+mod records;
 mod served_storage;
 mod values;
 
@@ -16,5 +18,6 @@ fn _zeo(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add("__version__", env!("CARGO_PKG_VERSION"))?;
     logging::register(m)?;
     client_storage::register(m)?;
+    file_storage::register(m)?;
     Ok(())
 }

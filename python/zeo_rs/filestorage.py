@@ -1,0 +1,250 @@
+"""`FileStorage`: the engine of the server as a ZODB storage in its own right.
+
+Same file, arguments, interfaces and exceptions as ZODB's `FileStorage`, whose subclass it is for the sake of tools that ask
+with `isinstance`; nothing of how that class reads or writes is used. The native half is `_zeo.FileStorageBase`.
+"""
+
+import base64
+import contextlib
+import os
+import threading
+
+from persistent.TimeStamp import TimeStamp
+from zodbpickle.pickle import loads
+from ZODB.BaseStorage import TransactionRecord as BaseTransactionRecord
+from ZODB.FileStorage import FileStorage as ZODBFileStorage
+from ZODB.interfaces import IBlobStorageRestoreable
+from ZODB.POSException import ReadOnlyError, StorageTransactionError, UndoError
+from ZODB.utils import z64
+from zope.interface import alsoProvides
+
+from zeo_rs._zeo import FileStorageBase
+from zeo_rs.fileindex import FileIndex
+
+__all__ = ["FileStorage", "TransactionIterator", "TransactionRecord"]
+
+
+def _time(tid):
+    return TimeStamp(tid).timeTime()
+
+
+class TransactionRecord(BaseTransactionRecord):
+    """A committed transaction; iterating over it gives its data records, as often as one likes."""
+
+    def __init__(self, tid, status, user, description, extension, records):
+        super().__init__(tid, status, user, description, extension)
+        self._records = records
+
+    def __iter__(self):
+        return iter(self._records)
+
+
+class TransactionIterator:
+    """Transactions in order, as of the time the iterator was made."""
+
+    def __init__(self, transactions):
+        self._transactions = transactions
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        return TransactionRecord(*next(self._transactions))
+
+    def close(self):
+        self._transactions.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self.close()
+
+
+class FileStorage(FileStorageBase, ZODBFileStorage):
+    """FileStorage(file_name, create=False, read_only=False, stop=None, quota=None, pack_gc=True, pack_keep_old=True,
+    packer=None, blob_dir=None)
+
+    create: start with an empty file, deleting an existing one and its blobs.
+    read_only: take no lock and write nothing; a snapshot of the file as it is now.
+    stop: a tid; show only what was committed before it (needs read_only).
+    quota: bytes that the file may have; a record that would begin beyond it is refused.
+    pack_gc, pack_keep_old: whether `pack` collects garbage and keeps the previous file as NAME.old.
+    packer: a callable that packs instead (`IFileStoragePacker`).
+    blob_dir: directory of the blobs; without it there are none.
+    """
+
+    def __init__(
+        self,
+        file_name,
+        create=False,
+        read_only=False,
+        stop=None,
+        quota=None,
+        pack_gc=True,
+        pack_keep_old=True,
+        packer=None,
+        blob_dir=None,
+    ):
+        if read_only and create:
+            raise ValueError("can't create a read-only file")
+        if stop is not None and not read_only:
+            raise ValueError("stop, a view of the past, needs read_only")
+        self.__name__ = self._name = os.fspath(file_name)
+        self._file_name = os.path.abspath(file_name)
+        self._is_read_only = bool(read_only)
+        self._pack_gc, self.pack_keep_old = pack_gc, pack_keep_old
+        if packer is not None:
+            self.packer = packer
+        self.blob_dir = os.path.abspath(blob_dir) if blob_dir else None
+        # of ZODB's users: wrappers, packers and tests take these
+        self._lock = threading.RLock()
+        self._commit_lock = threading.Lock()
+        self._transaction = self._tid = None
+        self._open(
+            self._file_name,
+            bool(create),
+            self._is_read_only,
+            stop,
+            quota,
+            bool(pack_gc),
+            bool(pack_keep_old),
+            self.blob_dir,
+        )
+        self._index = FileIndex(self)
+        if self.blob_dir:
+            self._blob_init(self.blob_dir)
+            alsoProvides(self, IBlobStorageRestoreable)
+        else:
+            self._blob_init_no_blobs()
+
+    # -- about itself
+
+    def getName(self):
+        return self._name
+
+    sortKey = getName
+
+    def supportsUndo(self):
+        return True
+
+    @property
+    def _pos(self):
+        return self.getSize()
+
+    @property
+    def _ltid(self):
+        return self.lastTransaction()
+
+    @property
+    def _oid(self):
+        return self._index_max() or z64
+
+    def lastTid(self, oid):
+        try:
+            return self.getTid(oid)
+        except KeyError:
+            return None
+
+    # -- two-phase commit
+
+    def tpc_begin(self, transaction, tid=None, status=" "):
+        if self._is_read_only:
+            raise ReadOnlyError()
+        if self._transaction is transaction and transaction is not None:
+            raise StorageTransactionError("Duplicate tpc_begin calls for same transaction")
+        # not owned by a thread: another one may finish or abort
+        self._commit_lock.acquire()
+        try:
+            self._tid = self._begin(transaction, tid, status)
+        except BaseException:
+            self._commit_lock.release()
+            raise
+        self._transaction = transaction
+
+    def tpc_transaction(self):
+        return self._transaction
+
+    def tpc_finish(self, transaction, f=None):
+        if transaction is not self._transaction:
+            raise StorageTransactionError("tpc_finish called with wrong transaction")
+        try:
+            return self._finish(transaction, f)
+        finally:
+            self._end(transaction)
+
+    def tpc_abort(self, transaction):
+        if transaction is self._transaction and self._abort(transaction):
+            self._end(transaction)
+
+    def _end(self, transaction):
+        self._abort(transaction)  # what `_finish` did not take, so that nothing of it remains
+        self._transaction = None
+        self._commit_lock.release()
+
+    def undo(self, transaction_id, transaction):
+        try:
+            undone = base64.decodebytes(transaction_id + b"\n")
+        except ValueError:
+            undone = b""
+        if len(undone) != 8:
+            raise UndoError("Invalid transaction id")
+        return self._undo(undone, transaction)
+
+    def set_max_oid(self, oid):
+        self._raise_oid(oid)
+
+    # -- history
+
+    def history(self, oid, size=1, filter=None):
+        if filter is None:
+            return [self._history_entry(*entry) for entry in self._history(oid, size)]
+        found = []
+        for entry in self._history(oid, len(self) + 2**31):
+            entry = self._history_entry(*entry)
+            if filter(entry):
+                found.append(entry)
+                if len(found) >= size:
+                    break
+        return found
+
+    @staticmethod
+    def _history_entry(tid, size, user, description, extension):
+        entry = loads(extension) if extension else {}
+        entry.update(time=_time(tid), user_name=user, description=description, tid=tid, size=size)
+        return entry
+
+    @staticmethod
+    def _undo_entry(tid, size, user, description, extension):
+        entry = {
+            "id": base64.encodebytes(tid).rstrip(),
+            "time": _time(tid),
+            "user_name": user,
+            "size": size,
+            "description": description,
+        }
+        if extension:
+            # whatever an application put there must not hide the transaction from its operator
+            with contextlib.suppress(Exception):
+                entry.update(loads(extension))
+        return entry
+
+    def undoLog(self, first=0, last=-20, filter=None):
+        if last < 0:
+            last = first - last
+        accept = None if filter is None else lambda *entry: filter(self._undo_entry(*entry))
+        return [self._undo_entry(*entry) for entry in self._undo_log(first, last, accept)]
+
+    def iterator(self, start=None, stop=None):
+        return TransactionIterator(self._iterate(start, stop))
+
+    # -- keeping
+
+    def close(self):
+        self._close()
+
+    def cleanup(self):
+        """Removes all files of the storage but the blobs."""
+        for suffix in ("", ".old", ".tmp", ".lock", ".index", ".pack"):
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(self._file_name + suffix)

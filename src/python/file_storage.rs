@@ -1,0 +1,726 @@
+//! `_zeo.FileStorageBase`: the FileStorage engine as the native half of `zeo_rs.FileStorage`.
+//!
+//! One commit at a time, as ZODB's FileStorage: `zeo_rs/filestorage.py` takes the commit lock in `tpc_begin` and gives it
+//! back after `_finish` or `_abort`; the transaction's state in between is here.
+//!
+//! # Nobody sees a transaction before its callback has run
+//! The engine publishes a transaction to its readers before `finish` returns; the callback that ZODB's databases pass to
+//! `tpc_finish` runs after. Until it has returned, a read that met the new transaction is answered again as of the one
+//! before. That costs every other read one atomic load.
+//!
+//! # Cost
+//! A load that the page cache can answer keeps the GIL: it takes less time than giving it up and getting it back. One
+//! that must wait for the disk gives it up.
+
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+
+use bytes::Bytes;
+use pyo3::exceptions::{PyTypeError, PyValueError};
+use pyo3::prelude::*;
+use pyo3::types::{PyBytes, PyList, PyTuple};
+
+use super::convert::{
+    OrRaise, data_arg, metadata_arg, oid_arg, oid_bytes, optional_tid_arg, serial_arg, tid_arg, tid_bytes,
+};
+use super::{errors, logging, records};
+use crate::ids::{Oid, Tid};
+use crate::storage::file::{FileStorage, FileStorageOptions, Pending};
+use crate::storage::{
+    Conflict, ConflictResolver, HistoryEntry, Loaded, Op, Resolution, Storage, StorageError, TxnMeta,
+    UndoEntry, VotedTxn, WholeStorageLock,
+};
+
+/// The transaction that holds the commit lock.
+struct Current {
+    /// Compared by identity.
+    transaction: Py<PyAny>,
+    tid: Tid,
+    phase: Phase,
+}
+
+enum Phase {
+    Begun(Pending),
+    Voted(VotedTxn),
+    /// One of its calls is running, in this or another thread.
+    Busy,
+}
+
+/// Empty until `_open`: so that a Python subclass may have a constructor of its own.
+#[pyclass(subclass, frozen, weakref, module = "zeo_rs._zeo")]
+pub(crate) struct FileStorageBase(OnceLock<Opened>);
+
+struct Opened {
+    engine: Arc<FileStorage>,
+    /// What `lastTransaction()` answers: the newest tid whose callback has returned.
+    published: AtomicU64,
+    /// True from before the engine publishes a transaction until its callback has returned.
+    publishing: AtomicBool,
+    current: Mutex<Option<Current>>,
+}
+
+/// The lock may be taken with the GIL held: nothing waits for the GIL while holding it.
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl FileStorageBase {
+    /// The engine, for a server in the same process.
+    pub(crate) fn engine(&self) -> PyResult<&Arc<FileStorage>> {
+        Ok(&self.opened()?.engine)
+    }
+
+    fn opened(&self) -> PyResult<&Opened> {
+        self.0.get().ok_or_else(|| PyValueError::new_err("the storage is not open: its __init__ has not run"))
+    }
+}
+
+impl Opened {
+    fn published(&self) -> Tid {
+        Tid(self.published.load(Ordering::Acquire))
+    }
+
+    fn load_published(&self, py: Python<'_>, oid: Oid, before: Tid) -> Result<Option<Loaded>, StorageError> {
+        let load = |before| match self.engine.try_load_before(oid, before) {
+            Err(StorageError::WouldBlock) => py.detach(|| self.engine.load_before(oid, before)),
+            answer => answer,
+        };
+        let answer = load(before);
+        if !self.publishing.load(Ordering::Acquire) {
+            return answer;
+        }
+        let published = self.published();
+        match load(before.min(published.next())) {
+            Ok(Some(loaded)) => {
+                Ok(Some(Loaded { end_tid: loaded.end_tid.filter(|end| *end <= published), ..loaded }))
+            }
+            answer => answer,
+        }
+    }
+
+    /// Runs one call of the current transaction with its state taken out, so that Python code called from it (conflict
+    /// resolution) never meets a lock.
+    fn with_pending<T>(
+        &self,
+        transaction: &Bound<'_, PyAny>,
+        body: impl FnOnce(Pending, Tid) -> (Phase, PyResult<T>),
+    ) -> PyResult<T> {
+        let (pending, tid) = {
+            let mut guard = locked(&self.current);
+            let current = Self::check(guard.as_mut(), transaction)?;
+            match std::mem::replace(&mut current.phase, Phase::Busy) {
+                Phase::Begun(pending) => (pending, current.tid),
+                other => {
+                    current.phase = other;
+                    return Err(errors::transaction_error("the transaction has been voted already"));
+                }
+            }
+        };
+        let (phase, answer) = body(pending, tid);
+        if let Some(current) = locked(&self.current).as_mut() {
+            current.phase = phase;
+        }
+        answer
+    }
+
+    fn check<'a>(
+        current: Option<&'a mut Current>,
+        transaction: &Bound<'_, PyAny>,
+    ) -> PyResult<&'a mut Current> {
+        current
+            .filter(|current| current.transaction.is(transaction))
+            .ok_or_else(|| errors::transaction_error("not the transaction that was begun"))
+    }
+
+    /// Applies one operation; conflicts go to the Python object's `tryToResolveConflict`.
+    fn apply(
+        &self,
+        slf: &Bound<'_, FileStorageBase>,
+        transaction: &Bound<'_, PyAny>,
+        op: Op,
+    ) -> PyResult<(Vec<Oid>, Tid)> {
+        let py = slf.py();
+        self.with_pending(transaction, |mut pending, tid| {
+            let resolver = Resolver { storage: slf.clone().into_any().unbind(), raised: Mutex::new(None) };
+            let applied = self.engine.apply(&mut pending, op, &resolver);
+            let raised = locked(&resolver.raised).take();
+            let answer = match (applied, raised) {
+                (Ok(applied), _) => Ok((applied.undone, tid)),
+                (Err(StorageError::Conflict(_)), Some(error)) => Err(error),
+                (Err(_), Some(error)) if !errors::is_conflict(py, &error) => Err(error),
+                (Err(error), _) => Err(errors::storage_error(py, &error)),
+            };
+            (Phase::Begun(pending), answer)
+        })
+    }
+}
+
+#[pymethods]
+impl FileStorageBase {
+    #[new]
+    #[pyo3(signature = (*_args, **_keywords))]
+    fn new(_args: &Bound<'_, PyTuple>, _keywords: Option<&Bound<'_, PyAny>>) -> Self {
+        Self(OnceLock::new())
+    }
+
+    #[pyo3(signature = (file_name, create, read_only, stop, quota, pack_gc, pack_keep_old, blob_dir))]
+    #[allow(clippy::too_many_arguments)]
+    fn _open(
+        &self,
+        py: Python<'_>,
+        file_name: PathBuf,
+        create: bool,
+        read_only: bool,
+        stop: Option<&Bound<'_, PyAny>>,
+        quota: Option<u64>,
+        pack_gc: bool,
+        pack_keep_old: bool,
+        blob_dir: Option<PathBuf>,
+    ) -> PyResult<()> {
+        logging::refresh(py);
+        let stop = stop.map(tid_arg).transpose()?;
+        let options = FileStorageOptions { create, read_only, stop, quota, pack_gc, pack_keep_old, blob_dir };
+        let engine = py.detach(|| FileStorage::open(&file_name, options)).or_raise(py)?;
+        let last = engine.last_tid();
+        let opened = Opened {
+            engine: Arc::new(engine),
+            published: AtomicU64::new(last.0),
+            publishing: AtomicBool::new(false),
+            current: Mutex::new(None),
+        };
+        self.0.set(opened).map_err(|_| PyValueError::new_err("the storage is open already"))
+    }
+
+    // -- reading
+
+    /// `(data, tid, end_tid or None)` of the newest revision before `tid`, or None if the object is younger.
+    #[pyo3(name = "loadBefore")]
+    fn load_before<'py>(
+        &self,
+        py: Python<'py>,
+        oid: &Bound<'py, PyAny>,
+        tid: &Bound<'py, PyAny>,
+    ) -> PyResult<Option<Bound<'py, PyTuple>>> {
+        let this = self.opened()?;
+        let Some(loaded) = this.load_published(py, oid_arg(oid)?, tid_arg(tid)?).or_raise(py)? else {
+            return Ok(None);
+        };
+        let end = loaded.end_tid.map(|end| tid_bytes(py, end));
+        (PyBytes::new(py, &loaded.data), tid_bytes(py, loaded.tid), end).into_pyobject(py).map(Some)
+    }
+
+    /// `(data, tid)` of the current revision.
+    #[pyo3(signature = (oid, version=None))]
+    fn load<'py>(
+        &self,
+        py: Python<'py>,
+        oid: &Bound<'py, PyAny>,
+        version: Option<&Bound<'py, PyAny>>,
+    ) -> PyResult<Bound<'py, PyTuple>> {
+        let this = self.opened()?;
+        no_version(version)?;
+        let oid = oid_arg(oid)?;
+        match this.load_published(py, oid, Tid(u64::MAX)).or_raise(py)? {
+            Some(loaded) => (PyBytes::new(py, &loaded.data), tid_bytes(py, loaded.tid)).into_pyobject(py),
+            None => Err(errors::key_error(py, oid)),
+        }
+    }
+
+    #[pyo3(name = "loadSerial")]
+    fn load_serial<'py>(
+        &self,
+        py: Python<'py>,
+        oid: &Bound<'py, PyAny>,
+        serial: &Bound<'py, PyAny>,
+    ) -> PyResult<Bound<'py, PyBytes>> {
+        let this = self.opened()?;
+        let (oid, serial) = (oid_arg(oid)?, serial_arg(serial)?);
+        let data = py.detach(|| this.engine.load_serial(oid, serial)).or_raise(py)?;
+        Ok(PyBytes::new(py, &data))
+    }
+
+    #[pyo3(name = "getTid")]
+    fn current_tid<'py>(&self, py: Python<'py>, oid: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyBytes>> {
+        let this = self.opened()?;
+        let oid = oid_arg(oid)?;
+        let tid = this.engine.current_tid(oid).or_raise(py)?;
+        if this.publishing.load(Ordering::Acquire)
+            && let Some(loaded) = this.load_published(py, oid, Tid::MAX).or_raise(py)?
+        {
+            return Ok(tid_bytes(py, loaded.tid));
+        }
+        Ok(tid_bytes(py, tid))
+    }
+
+    #[pyo3(name = "lastTransaction")]
+    fn last_transaction<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyBytes>> {
+        Ok(tid_bytes(py, self.opened()?.published()))
+    }
+
+    fn __len__(&self) -> PyResult<usize> {
+        Ok(self.opened()?.engine.object_count() as usize)
+    }
+
+    #[pyo3(name = "getSize")]
+    fn size(&self) -> PyResult<u64> {
+        Ok(self.opened()?.engine.size())
+    }
+
+    #[pyo3(name = "isReadOnly")]
+    fn is_read_only(&self) -> PyResult<bool> {
+        Ok(self.opened()?.engine.is_read_only())
+    }
+
+    /// `(oid, tid, data, next oid or None)`; ValueError if there is no object from `next` on.
+    #[pyo3(signature = (next=None))]
+    fn record_iternext<'py>(
+        &self,
+        py: Python<'py>,
+        next: Option<&Bound<'py, PyAny>>,
+    ) -> PyResult<Bound<'py, PyTuple>> {
+        let this = self.opened()?;
+        let next = next.map(oid_arg).transpose()?;
+        match py.detach(|| this.engine.record_iternext(next)).or_raise(py)? {
+            Some(found) => (
+                oid_bytes(py, found.oid),
+                tid_bytes(py, found.tid),
+                PyBytes::new(py, &found.data),
+                found.next.map(|oid| oid_bytes(py, oid)),
+            )
+                .into_pyobject(py),
+            None => Err(PyValueError::new_err("no more objects")),
+        }
+    }
+
+    /// The last `count` transactions as `(tid, [oid, …])`, oldest first.
+    #[pyo3(name = "lastInvalidations")]
+    fn last_invalidations<'py>(&self, py: Python<'py>, count: usize) -> PyResult<Bound<'py, PyList>> {
+        let this = self.opened()?;
+        let found = py.detach(|| this.engine.last_invalidations(count)).or_raise(py)?;
+        let found = found.into_iter().map(|(tid, oids)| {
+            (tid_bytes(py, tid), oids.into_iter().map(|oid| oid_bytes(py, oid)).collect::<Vec<_>>())
+        });
+        PyList::new(py, found.collect::<Vec<_>>())
+    }
+
+    /// The transactions from `start` to `stop`, both included: `(tid, status, user, description, extension, records)`.
+    #[pyo3(signature = (start=None, stop=None))]
+    fn _iterate(
+        &self,
+        py: Python<'_>,
+        start: Option<&Bound<'_, PyAny>>,
+        stop: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<records::Transactions> {
+        let this = self.opened()?;
+        let (start, stop) = (optional_tid_arg(start)?, optional_tid_arg(stop)?);
+        let transactions = py.detach(|| this.engine.iterate(start, stop)).or_raise(py)?;
+        Ok(records::Transactions::new(this.engine.clone(), transactions))
+    }
+
+    /// `(tid, size, user, description, extension)` of the newest `size` revisions, newest first.
+    fn _history<'py>(
+        &self,
+        py: Python<'py>,
+        oid: &Bound<'py, PyAny>,
+        size: usize,
+    ) -> PyResult<Vec<Bound<'py, PyTuple>>> {
+        let this = self.opened()?;
+        let oid = oid_arg(oid)?;
+        let entries = py.detach(|| this.engine.history(oid, size)).or_raise(py)?;
+        entries.iter().map(|HistoryEntry { tid, size, meta }| described(py, *tid, *size, meta)).collect()
+    }
+
+    /// As `_history`, of the transactions `first..last` that `accept` is true for.
+    #[pyo3(signature = (first, last, accept=None))]
+    fn _undo_log<'py>(
+        &self,
+        py: Python<'py>,
+        first: usize,
+        last: usize,
+        accept: Option<Py<PyAny>>,
+    ) -> PyResult<Vec<Bound<'py, PyTuple>>> {
+        let this = self.opened()?;
+        let mut raised = None;
+        let entries = py.detach(|| {
+            this.engine.undo_log(first, last, &mut |UndoEntry { tid, size, meta }| {
+                let Some(accept) = &accept else { return true };
+                Python::attach(|py| {
+                    let accepted = described(py, *tid, *size, meta)
+                        .and_then(|entry| accept.bind(py).call1(entry)?.is_truthy());
+                    accepted.unwrap_or_else(|error| {
+                        raised.get_or_insert(error);
+                        false
+                    })
+                })
+            })
+        });
+        match raised {
+            Some(error) => Err(error),
+            None => {
+                let entries = entries.or_raise(py)?;
+                entries.iter().map(|UndoEntry { tid, size, meta }| described(py, *tid, *size, meta)).collect()
+            }
+        }
+    }
+
+    // -- two-phase commit
+
+    fn new_oid<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyBytes>> {
+        let this = self.opened()?;
+        let oids = py.detach(|| this.engine.new_oids(1)).or_raise(py)?;
+        match oids.first() {
+            Some(oid) => Ok(oid_bytes(py, *oid)),
+            None => Err(errors::file_storage_error("there are no more oids")),
+        }
+    }
+
+    /// `oid` is in use: new ones are greater.
+    fn _raise_oid(&self, oid: &Bound<'_, PyAny>) -> PyResult<()> {
+        self.opened()?.engine.note_oid(oid_arg(oid)?);
+        Ok(())
+    }
+
+    /// Begins; the caller holds the commit lock. Answers the transaction's tid.
+    #[pyo3(signature = (transaction, tid=None, status=" "))]
+    fn _begin<'py>(
+        &self,
+        transaction: &Bound<'py, PyAny>,
+        tid: Option<&Bound<'py, PyAny>>,
+        status: &str,
+    ) -> PyResult<Bound<'py, PyBytes>> {
+        let this = self.opened()?;
+        let py = transaction.py();
+        let status = match status.as_bytes() {
+            [status] => *status,
+            _ => return Err(PyValueError::new_err("a status is one ASCII character")),
+        };
+        let given = optional_tid_arg(tid)?;
+        let meta = metadata_arg(transaction)?;
+        let tid = given.unwrap_or_else(|| this.engine.new_tid());
+        let pending = this.engine.begin(meta, Some(tid), status).or_raise(py)?;
+        *locked(&this.current) =
+            Some(Current { transaction: transaction.clone().unbind(), tid, phase: Phase::Begun(pending) });
+        Ok(tid_bytes(py, tid))
+    }
+
+    #[pyo3(name = "store")]
+    fn store(
+        slf: &Bound<'_, Self>,
+        oid: &Bound<'_, PyAny>,
+        oldserial: &Bound<'_, PyAny>,
+        data: &Bound<'_, PyAny>,
+        version: &Bound<'_, PyAny>,
+        transaction: &Bound<'_, PyAny>,
+    ) -> PyResult<()> {
+        no_version(Some(version))?;
+        let op = Op::Store {
+            oid: oid_arg(oid)?,
+            serial: serial_arg(oldserial)?,
+            data: data_arg(data)?,
+            blob: None,
+        };
+        let this = slf.get().opened()?;
+        this.writable(slf.py())?;
+        this.apply(slf, transaction, op).map(drop)
+    }
+
+    #[pyo3(name = "storeBlob")]
+    fn store_blob(
+        slf: &Bound<'_, Self>,
+        oid: &Bound<'_, PyAny>,
+        oldserial: &Bound<'_, PyAny>,
+        data: &Bound<'_, PyAny>,
+        blobfilename: PathBuf,
+        version: &Bound<'_, PyAny>,
+        transaction: &Bound<'_, PyAny>,
+    ) -> PyResult<()> {
+        no_version(Some(version))?;
+        let op = Op::Store {
+            oid: oid_arg(oid)?,
+            serial: serial_arg(oldserial)?,
+            data: data_arg(data)?,
+            blob: Some(blobfilename),
+        };
+        let this = slf.get().opened()?;
+        this.writable(slf.py())?;
+        this.apply(slf, transaction, op).map(drop)
+    }
+
+    fn restore(
+        slf: &Bound<'_, Self>,
+        oid: &Bound<'_, PyAny>,
+        serial: &Bound<'_, PyAny>,
+        data: Option<&Bound<'_, PyAny>>,
+        version: &Bound<'_, PyAny>,
+        prev_txn: Option<&Bound<'_, PyAny>>,
+        transaction: &Bound<'_, PyAny>,
+    ) -> PyResult<()> {
+        no_version(Some(version))?;
+        let op = Op::Restore {
+            oid: oid_arg(oid)?,
+            serial: tid_arg(serial)?,
+            data: data.map(data_arg).transpose()?,
+            prev_txn: prev_txn.map(tid_arg).transpose()?,
+            blob: None,
+        };
+        let this = slf.get().opened()?;
+        this.writable(slf.py())?;
+        this.apply(slf, transaction, op).map(drop)
+    }
+
+    #[pyo3(name = "restoreBlob")]
+    fn restore_blob(
+        slf: &Bound<'_, Self>,
+        oid: &Bound<'_, PyAny>,
+        serial: &Bound<'_, PyAny>,
+        data: &Bound<'_, PyAny>,
+        blobfilename: PathBuf,
+        prev_txn: Option<&Bound<'_, PyAny>>,
+        transaction: &Bound<'_, PyAny>,
+    ) -> PyResult<()> {
+        let op = Op::Restore {
+            oid: oid_arg(oid)?,
+            serial: tid_arg(serial)?,
+            data: Some(data_arg(data)?),
+            prev_txn: prev_txn.map(tid_arg).transpose()?,
+            blob: Some(blobfilename),
+        };
+        let this = slf.get().opened()?;
+        this.writable(slf.py())?;
+        this.apply(slf, transaction, op).map(drop)
+    }
+
+    #[pyo3(name = "deleteObject")]
+    fn delete_object(
+        slf: &Bound<'_, Self>,
+        oid: &Bound<'_, PyAny>,
+        oldserial: &Bound<'_, PyAny>,
+        transaction: &Bound<'_, PyAny>,
+    ) -> PyResult<()> {
+        let op = Op::Delete { oid: oid_arg(oid)?, serial: serial_arg(oldserial)? };
+        let this = slf.get().opened()?;
+        this.writable(slf.py())?;
+        this.apply(slf, transaction, op).map(drop)
+    }
+
+    #[pyo3(name = "checkCurrentSerialInTransaction")]
+    fn check_current(
+        slf: &Bound<'_, Self>,
+        oid: &Bound<'_, PyAny>,
+        serial: &Bound<'_, PyAny>,
+        transaction: &Bound<'_, PyAny>,
+    ) -> PyResult<()> {
+        let op = Op::CheckCurrent { oid: oid_arg(oid)?, serial: serial_arg(serial)? };
+        slf.get().opened()?.apply(slf, transaction, op).map(drop)
+    }
+
+    /// Undoes the transaction `undone`; answers the current transaction's tid and the oids written.
+    fn _undo<'py>(
+        slf: &Bound<'py, Self>,
+        undone: &Bound<'py, PyAny>,
+        transaction: &Bound<'py, PyAny>,
+    ) -> PyResult<(Bound<'py, PyBytes>, Vec<Bound<'py, PyBytes>>)> {
+        let py = slf.py();
+        let this = slf.get().opened()?;
+        this.writable(py)?;
+        let (oids, tid) = this.apply(slf, transaction, Op::Undo { tid: tid_arg(undone)? })?;
+        Ok((tid_bytes(py, tid), oids.into_iter().map(|oid| oid_bytes(py, oid)).collect()))
+    }
+
+    /// Votes; answers the oids whose conflicts were resolved.
+    fn tpc_vote<'py>(&self, transaction: &Bound<'py, PyAny>) -> PyResult<Vec<Bound<'py, PyBytes>>> {
+        let this = self.opened()?;
+        let py = transaction.py();
+        this.writable(py)?;
+        this.with_pending(transaction, |pending, _| match py.detach(|| this.engine.vote_pending(pending)) {
+            Ok(voted) => {
+                let resolved = voted.resolved.iter().map(|oid| oid_bytes(py, *oid)).collect();
+                (Phase::Voted(voted), Ok(resolved))
+            }
+            Err(error) => (Phase::Busy, Err(errors::storage_error(py, &error))),
+        })
+    }
+
+    /// Commits, then calls `callback(tid)`, then lets others see it.
+    #[pyo3(signature = (transaction, callback=None))]
+    fn _finish<'py>(
+        &self,
+        transaction: &Bound<'py, PyAny>,
+        callback: Option<&Bound<'py, PyAny>>,
+    ) -> PyResult<Bound<'py, PyBytes>> {
+        let this = self.opened()?;
+        let py = transaction.py();
+        let current = {
+            let mut guard = locked(&this.current);
+            if !matches!(Opened::check(guard.as_mut(), transaction)?.phase, Phase::Voted(_)) {
+                return Err(errors::transaction_error("tpc_finish without a successful tpc_vote"));
+            }
+            guard.take()
+        };
+        let Some(Current { phase: Phase::Voted(voted), .. }) = current else {
+            return Err(errors::transaction_error("tpc_finish without a successful tpc_vote"));
+        };
+        this.publishing.store(true, Ordering::SeqCst);
+        let mut committed = Tid::ZERO;
+        let done =
+            py.detach(|| this.engine.finish(vec![voted], &mut |done| committed = done.tid)).or_raise(py);
+        let answer = done.and_then(|()| match callback {
+            Some(callback) => callback.call1((tid_bytes(py, committed),)).map(drop),
+            None => Ok(()),
+        });
+        this.published.fetch_max(committed.0, Ordering::AcqRel);
+        this.publishing.store(false, Ordering::SeqCst);
+        answer?;
+        Ok(tid_bytes(py, committed))
+    }
+
+    /// Gives the transaction up; false if another one is current.
+    fn _abort(&self, transaction: &Bound<'_, PyAny>) -> PyResult<bool> {
+        let this = self.opened()?;
+        let py = transaction.py();
+        let current = {
+            let mut guard = locked(&this.current);
+            match Opened::check(guard.as_mut(), transaction) {
+                Ok(_) => guard.take(),
+                Err(_) => return Ok(false),
+            }
+        };
+        py.detach(|| match current.map(|current| current.phase) {
+            Some(Phase::Begun(pending)) => this.engine.abort_pending(pending),
+            Some(Phase::Voted(voted)) => this.engine.abort(voted),
+            _ => {}
+        });
+        Ok(true)
+    }
+
+    // -- blobs
+
+    #[pyo3(name = "loadBlob")]
+    fn load_blob(
+        &self,
+        py: Python<'_>,
+        oid: &Bound<'_, PyAny>,
+        serial: &Bound<'_, PyAny>,
+    ) -> PyResult<String> {
+        let this = self.opened()?;
+        let path = this.engine.blob_path(oid_arg(oid)?, serial_arg(serial)?).or_raise(py)?;
+        path.into_os_string()
+            .into_string()
+            .map_err(|path| PyValueError::new_err(format!("not a readable file name: {}", path.display())))
+    }
+
+    // -- keeping
+
+    /// Saves the index.
+    fn _save_index(&self, py: Python<'_>) -> PyResult<()> {
+        let this = self.opened()?;
+        py.detach(|| this.engine.checkpoint()).or_raise(py)
+    }
+
+    fn _close(&self, py: Python<'_>) -> PyResult<()> {
+        let this = self.opened()?;
+        py.detach(|| this.engine.close()).or_raise(py)
+    }
+
+    /// Position of an oid's current record, or None.
+    fn _index_get(&self, oid: &Bound<'_, PyAny>) -> PyResult<Option<u64>> {
+        let this = self.opened()?;
+        Ok(this.engine.snapshot().index.get(oid_arg(oid)?))
+    }
+
+    /// The smallest oid from `oid` on and its position, or None.
+    fn _index_from<'py>(
+        &self,
+        py: Python<'py>,
+        oid: &Bound<'py, PyAny>,
+    ) -> PyResult<Option<(Bound<'py, PyBytes>, u64)>> {
+        let this = self.opened()?;
+        let found = this.engine.snapshot().index.first_from(oid_arg(oid)?);
+        Ok(found.map(|(oid, position)| (oid_bytes(py, oid), position)))
+    }
+
+    fn _index_max<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyBytes>>> {
+        Ok(self.opened()?.engine.snapshot().index.max_oid().map(|oid| oid_bytes(py, oid)))
+    }
+}
+
+impl Opened {
+    fn writable(&self, py: Python<'_>) -> PyResult<()> {
+        if self.engine.is_read_only() {
+            return Err(errors::storage_error(py, &StorageError::ReadOnly));
+        }
+        Ok(())
+    }
+}
+
+/// Versions were given up long ago; only an empty one may be named.
+fn no_version(version: Option<&Bound<'_, PyAny>>) -> PyResult<()> {
+    match version {
+        Some(version) if version.is_truthy()? => Err(PyTypeError::new_err("versions are not supported")),
+        _ => Ok(()),
+    }
+}
+
+fn described<'py>(py: Python<'py>, tid: Tid, size: u64, meta: &TxnMeta) -> PyResult<Bound<'py, PyTuple>> {
+    let bytes = |bytes: &Bytes| PyBytes::new(py, bytes);
+    (tid_bytes(py, tid), size, bytes(&meta.user), bytes(&meta.description), bytes(&meta.extension))
+        .into_pyobject(py)
+}
+
+/// Conflict resolution by the Python object's `tryToResolveConflict`, which others may have replaced.
+struct Resolver {
+    storage: Py<PyAny>,
+    /// What it raised, to be raised again unchanged.
+    raised: Mutex<Option<PyErr>>,
+}
+
+impl ConflictResolver for Resolver {
+    fn resolve(&self, _: &dyn Storage, conflict: &Conflict, committed_data: Option<Bytes>) -> Resolution {
+        Python::attach(|py| {
+            let answer = self
+                .storage
+                .bind(py)
+                .call_method1(
+                    "tryToResolveConflict",
+                    (
+                        oid_bytes(py, conflict.oid),
+                        tid_bytes(py, conflict.committed),
+                        tid_bytes(py, conflict.read),
+                        PyBytes::new(py, &conflict.data),
+                        PyBytes::new(py, &committed_data.unwrap_or_default()),
+                    ),
+                )
+                .and_then(|data| data_arg(&data));
+            match answer {
+                Ok(data) => Resolution::Resolved(data),
+                Err(error) => {
+                    *locked(&self.raised) = Some(error);
+                    Resolution::Unresolved
+                }
+            }
+        })
+    }
+}
+
+/// ZODB's commit lock as the lock of the whole storage: whoever holds it is the only writer.
+pub(super) struct CommitLock(pub(super) Py<PyAny>);
+
+impl WholeStorageLock for CommitLock {
+    fn with_whole_storage(&self, body: &mut dyn FnMut()) {
+        let taken = Python::attach(|py| self.0.bind(py).call_method0("acquire").map(drop));
+        if let Err(error) = &taken {
+            tracing::error!(%error, "cannot take the commit lock");
+            return;
+        }
+        body();
+        let _ = Python::attach(|py| self.0.bind(py).call_method0("release").map(drop));
+    }
+}
+
+pub(crate) fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
+    m.add_class::<FileStorageBase>()?;
+    m.add_class::<records::Transactions>()?;
+    m.add_class::<records::Records>()?;
+    m.add_class::<records::Record>()
+}

@@ -1,0 +1,121 @@
+//! Iteration over transactions and their data records, with the attributes of ZODB's own iterators.
+//!
+//! Cost of a record: one object with its bytes made once; the GIL is kept, since records come from a piece of the file
+//! that was read ahead.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use pyo3::prelude::*;
+use pyo3::types::{PyBytes, PyTuple};
+
+use super::convert::{OrRaise, oid_bytes, tid_bytes};
+use crate::ids::Tid;
+use crate::storage::{RecordInfo, RecordIterator, Storage, TxnIterator};
+
+/// Iterator over `(tid, status, user, description, extension, Records)`.
+#[pyclass(frozen, module = "zeo_rs._zeo", name = "_Transactions")]
+pub(crate) struct Transactions {
+    storage: Arc<dyn Storage>,
+    /// `None` after the end and after `close`.
+    transactions: Mutex<Option<Box<dyn TxnIterator>>>,
+}
+
+impl Transactions {
+    pub(crate) fn new(storage: Arc<dyn Storage>, transactions: Box<dyn TxnIterator>) -> Self {
+        Self { storage, transactions: Mutex::new(Some(transactions)) }
+    }
+}
+
+#[pymethods]
+impl Transactions {
+    fn __iter__(slf: PyRef<'_, Self>) -> PyRef<'_, Self> {
+        slf
+    }
+
+    fn __next__<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyTuple>>> {
+        let mut transactions = self.transactions.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(next) = transactions.as_mut().map(|transactions| transactions.next_txn()) else {
+            return Ok(None);
+        };
+        let Some((info, records)) = next.or_raise(py)? else {
+            *transactions = None;
+            return Ok(None);
+        };
+        let bytes = |bytes: &[u8]| PyBytes::new(py, bytes);
+        let (user, description) = (bytes(&info.meta.user), bytes(&info.meta.description));
+        let (status, extension) = (char::from(info.status), bytes(&info.meta.extension));
+        let records = Records {
+            storage: self.storage.clone(),
+            tid: info.tid,
+            first: Mutex::new(Some(records)),
+            records: Mutex::new(None),
+        };
+        (tid_bytes(py, info.tid), status, user, description, extension, records).into_pyobject(py).map(Some)
+    }
+
+    fn close(&self) {
+        *self.transactions.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+}
+
+/// The records of one transaction. Each `iter()` starts anew.
+#[pyclass(frozen, module = "zeo_rs._zeo", name = "_Records")]
+pub(crate) struct Records {
+    storage: Arc<dyn Storage>,
+    tid: Tid,
+    /// The reader that came with the transaction, until it is used.
+    first: Mutex<Option<Box<dyn RecordIterator>>>,
+    records: Mutex<Option<Box<dyn RecordIterator>>>,
+}
+
+#[pymethods]
+impl Records {
+    fn __iter__(&self, py: Python<'_>) -> PyResult<Self> {
+        let first = self.first.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let records = match first {
+            Some(records) => Some(records),
+            None => py
+                .detach(|| self.storage.iterate(Some(self.tid), Some(self.tid))?.next_txn())
+                .or_raise(py)?
+                .map(|(_, records)| records),
+        };
+        let (storage, tid) = (self.storage.clone(), self.tid);
+        Ok(Self { storage, tid, first: Mutex::new(None), records: Mutex::new(records) })
+    }
+
+    fn __next__(&self, py: Python<'_>) -> PyResult<Option<Record>> {
+        let mut records = self.records.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(next) = records.as_mut().map(|records| records.next_record()) else { return Ok(None) };
+        match next.or_raise(py)? {
+            Some(record) => Ok(Some(Record::new(py, &record))),
+            None => {
+                *records = None;
+                Ok(None)
+            }
+        }
+    }
+}
+
+/// One data record (`IStorageRecordInformation`).
+#[pyclass(frozen, get_all, module = "zeo_rs._zeo")]
+pub(crate) struct Record {
+    oid: Py<PyBytes>,
+    tid: Py<PyBytes>,
+    /// None: the object does not exist as of this transaction.
+    data: Option<Py<PyBytes>>,
+    /// Tid of the transaction that holds the data, if the record only points to it.
+    data_txn: Option<Py<PyBytes>>,
+    version: &'static str,
+}
+
+impl Record {
+    pub(crate) fn new(py: Python<'_>, record: &RecordInfo) -> Self {
+        Self {
+            oid: oid_bytes(py, record.oid).unbind(),
+            tid: tid_bytes(py, record.tid).unbind(),
+            data: record.data.as_ref().map(|data| PyBytes::new(py, data).unbind()),
+            data_txn: record.data_txn.map(|tid| tid_bytes(py, tid).unbind()),
+            version: "",
+        }
+    }
+}
