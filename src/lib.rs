@@ -23,6 +23,8 @@ pub mod limits;
 #[cfg(feature = "net")]
 pub mod net;
 pub mod pickle;
+#[cfg(feature = "net")]
+pub mod server;
 pub mod storage;
 pub mod wire;
 

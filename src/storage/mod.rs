@@ -178,6 +178,8 @@ pub struct Capabilities {
     pub restore: bool,
     pub blobs: bool,
     pub concurrent_votes: bool,
+    /// Any call may take long (a storage written in Python): an event loop makes none itself.
+    pub slow_calls: bool,
     /// `(module, name)` pairs of `get_info()['interfaces']`, in resolution order, ending with zope.interface's.
     pub interfaces: Vec<(String, String)>,
 }

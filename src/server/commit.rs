@@ -1,0 +1,148 @@
+//! [`Committer`]: the one thread of a storage that finishes transactions.
+//!
+//! It takes every transaction that is ready, gives the group to the engine (one sync for all), and publishes each in tid
+//! order: queue, invalidations of everybody else, then `info` and the reply of its own connection. Locks are released
+//! after that, so a queued voter reads the invalidation before its own vote is answered.
+//!
+//! Cost of a finish beside the engine's: one channel send and one thread switch to get here, one post (and wake-up) for
+//! each registered connection.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+
+use super::hub::{Hub, count};
+use super::locks::LockGuard;
+use super::mailbox::{Event, Mailbox};
+use super::session::Session;
+use crate::ids::Tid;
+use crate::storage::{Committed, Result, StorageError, VotedTxn};
+
+/// A voted transaction with the locks that protect it. Dropping it aborts, then releases.
+pub(crate) struct Held {
+    voted: Option<VotedTxn>,
+    hub: Arc<Hub>,
+    _locks: LockGuard,
+}
+
+impl Held {
+    pub(crate) fn new(hub: Arc<Hub>, locks: LockGuard, voted: VotedTxn) -> Self {
+        Self { voted: Some(voted), hub, _locks: locks }
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        if let Some(voted) = self.voted.take() {
+            self.hub.storage.abort(voted);
+        }
+    }
+}
+
+/// Writes the answer of a `tpc_finish`, in the connection's task.
+pub(crate) type FinishReply = Box<dyn FnOnce(&mut Session, Result<Tid>) + Send>;
+
+/// A `tpc_finish` on its way.
+pub(crate) struct FinishJob {
+    pub(crate) held: Held,
+    /// The committing connection's id among the listeners.
+    pub(crate) listener: u64,
+    pub(crate) mailbox: Arc<Mailbox>,
+    pub(crate) reply: FinishReply,
+}
+
+/// See the module documentation.
+pub(crate) struct Committer {
+    jobs: Mutex<Option<Sender<FinishJob>>>,
+    thread: Mutex<Option<JoinHandle<()>>>,
+}
+
+/// The committer's thread, before it is started (it needs the hub that owns its [`Committer`]).
+pub(crate) struct CommitterThread(Receiver<FinishJob>);
+
+impl Committer {
+    pub(crate) fn new() -> (Self, CommitterThread) {
+        let (sender, receiver) = channel();
+        (Self { jobs: Mutex::new(Some(sender)), thread: Mutex::new(None) }, CommitterThread(receiver))
+    }
+
+    /// Queues a finish; `reply` will be called whatever happens, unless the connection ends first.
+    pub(crate) fn submit(&self, job: FinishJob) {
+        let jobs = self.jobs.lock().unwrap_or_else(PoisonError::into_inner);
+        let refused = match &*jobs {
+            Some(sender) => sender.send(job).err().map(|error| error.0),
+            None => Some(job),
+        };
+        drop(jobs);
+        if let Some(job) = refused {
+            refuse(job, &StorageError::Closed);
+        }
+    }
+
+    /// Finishes what was submitted and ends the thread.
+    pub(crate) fn stop(&self) {
+        drop(self.jobs.lock().unwrap_or_else(PoisonError::into_inner).take());
+        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if thread.is_some_and(|thread| thread.join().is_err()) {
+            tracing::error!("a committer thread panicked");
+        }
+    }
+}
+
+impl CommitterThread {
+    pub(crate) fn start(self, hub: Arc<Hub>) -> Result<()> {
+        let name = format!("zeo commit {}", hub.id);
+        let owner = Arc::clone(&hub);
+        let run = move || {
+            while let Ok(first) = self.0.recv() {
+                let mut group = vec![first];
+                group.extend(self.0.try_iter());
+                finish(&hub, group);
+            }
+        };
+        let thread = std::thread::Builder::new().name(name).spawn(run);
+        let thread = thread.map_err(|error| StorageError::io("cannot start the committer thread", error))?;
+        *owner.committer.thread.lock().unwrap_or_else(PoisonError::into_inner) = Some(thread);
+        Ok(())
+    }
+}
+
+/// Commits one group. Nothing is left unanswered: what the engine did not publish gets its error.
+fn finish(hub: &Arc<Hub>, mut group: Vec<FinishJob>) {
+    count(&hub.stats.groups);
+    let voted: Vec<VotedTxn> = group.iter_mut().filter_map(|job| job.held.voted.take()).collect();
+    let mut jobs: Vec<Option<FinishJob>> = group.into_iter().map(Some).collect();
+    let mut finished = Vec::with_capacity(jobs.len());
+    let mut publish = |committed: &Committed| {
+        count(&hub.stats.commits);
+        let Some(FinishJob { held, listener, mailbox, reply }) = jobs.get_mut(committed.index).and_then(Option::take)
+        else {
+            return;
+        };
+        let info = hub.info();
+        let tid = committed.tid;
+        let reply = Box::new(move |session: &mut Session| reply(session, Ok(tid)));
+        let own = Box::new(move |publication| mailbox.post(Event::Committed { publication, info, reply }));
+        hub.publish(tid, Arc::clone(&committed.oids), Some((listener, own)));
+        finished.push(held);
+    };
+    let outcome = catch_unwind(AssertUnwindSafe(|| hub.storage.finish(voted, &mut publish)));
+    let error = match outcome {
+        Ok(Ok(())) => StorageError::Transaction("the storage did not commit the transaction".into()),
+        Ok(Err(error)) => error,
+        Err(_) => StorageError::PreviousIo("the storage panicked in finish".into()),
+    };
+    for job in jobs.into_iter().flatten() {
+        tracing::error!(storage = %hub.id, %error, "a transaction could not be finished");
+        refuse(job, &error);
+    }
+    drop(finished);
+}
+
+fn refuse(job: FinishJob, error: &StorageError) {
+    let FinishJob { held, mailbox, reply, .. } = job;
+    let error = error.clone();
+    mailbox.post(Event::Continue(Box::new(move |session| reply(session, Err(error)))));
+    drop(held);
+}

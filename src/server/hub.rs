@@ -1,0 +1,198 @@
+//! [`Hub`]: one served storage, and what all its connections share.
+//!
+//! Publishing a transaction is one critical section of the [`Registry`]: the invalidation queue, the last published tid
+//! and the mailboxes of all connections advance together. `register` enters the list and takes its first view in the same
+//! section, so that no transaction falls between the two, and none comes twice.
+
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime};
+
+use rustc_hash::{FxHashMap, FxHashSet};
+
+use super::commit::Committer;
+use super::locks::LockTable;
+use super::mailbox::{Event, Mailbox, Publication, StorageInfo};
+use crate::ids::{Oid, Tid};
+use crate::storage::{Capabilities, ConflictResolver, References, Result, Storage};
+
+/// Counters of one storage since the server's start.
+#[derive(Debug, Default)]
+pub(crate) struct Stats {
+    pub(crate) loads: AtomicU64,
+    pub(crate) stores: AtomicU64,
+    pub(crate) commits: AtomicU64,
+    pub(crate) aborts: AtomicU64,
+    pub(crate) conflicts: AtomicU64,
+    pub(crate) conflicts_resolved: AtomicU64,
+    pub(crate) active_txns: AtomicU64,
+    /// Groups of finishes; `commits / groups` is what one sync carries.
+    pub(crate) groups: AtomicU64,
+}
+
+pub(crate) fn count(counter: &AtomicU64) {
+    counter.fetch_add(1, Ordering::Relaxed);
+}
+
+/// Who listens, and what was published last.
+pub(crate) struct Registry {
+    listeners: FxHashMap<u64, Arc<Mailbox>>,
+    last_tid: Tid,
+    /// `(tid, oids)`, newest first. The oids of the oldest are never needed.
+    queue: VecDeque<(Tid, Arc<[Oid]>)>,
+    queue_size: usize,
+}
+
+impl Registry {
+    pub(crate) fn last_tid(&self) -> Tid {
+        self.last_tid
+    }
+
+    fn append(&mut self, publication: &Publication) {
+        self.last_tid = publication.tid;
+        while self.queue.len() >= self.queue_size.max(1) {
+            self.queue.pop_back();
+        }
+        self.queue.push_front((publication.tid, Arc::clone(&publication.oids)));
+    }
+
+    /// Oids changed after `since` and up to `view`, if the queue reaches back that far.
+    pub(crate) fn invalidations(&self, since: Tid, view: Tid) -> Option<Vec<Oid>> {
+        let (oldest, _) = self.queue.back()?;
+        if *oldest > since {
+            return None;
+        }
+        let missed = self.queue.iter().skip_while(|(tid, _)| *tid > view).take_while(|(tid, _)| *tid > since);
+        let mut seen = FxHashSet::default();
+        Some(missed.flat_map(|(_, oids)| oids.iter().copied()).filter(|oid| seen.insert(*oid)).collect())
+    }
+}
+
+/// How a storage is served, beside the storage itself.
+pub(crate) struct HubOptions {
+    pub(crate) invalidation_queue_size: usize,
+    pub(crate) invalidation_age: Option<Duration>,
+    pub(crate) transaction_timeout: Option<Duration>,
+    pub(crate) client_conflict_resolution: bool,
+    pub(crate) resolver: Arc<dyn ConflictResolver>,
+    pub(crate) references: Arc<dyn References>,
+}
+
+/// See the module documentation.
+pub(crate) struct Hub {
+    pub(crate) id: String,
+    pub(crate) storage: Arc<dyn Storage>,
+    pub(crate) capabilities: Capabilities,
+    pub(crate) locks: Arc<LockTable>,
+    pub(crate) committer: Committer,
+    pub(crate) stats: Stats,
+    pub(crate) options: HubOptions,
+    pub(crate) started: SystemTime,
+    registry: Mutex<Registry>,
+    next_listener: AtomicUsize,
+}
+
+impl Hub {
+    /// Reads the last transactions of `storage` into the invalidation queue and starts its committer thread.
+    pub(crate) fn start(id: String, storage: Arc<dyn Storage>, options: HubOptions) -> Result<Arc<Self>> {
+        let last_tid = storage.last_tid();
+        let queue_size = options.invalidation_queue_size;
+        let mut queue: VecDeque<(Tid, Arc<[Oid]>)> = storage
+            .last_invalidations(queue_size)?
+            .into_iter()
+            .rev()
+            .filter(|(tid, _)| *tid <= last_tid)
+            .map(|(tid, oids)| (tid, oids.into()))
+            .collect();
+        if queue.is_empty() {
+            queue.push_back((last_tid, Arc::new([])));
+        }
+        let registry = Registry { listeners: FxHashMap::default(), last_tid, queue, queue_size };
+        let (committer, work) = Committer::new();
+        let hub = Arc::new(Self {
+            capabilities: storage.capabilities(),
+            id,
+            storage,
+            locks: Arc::default(),
+            committer,
+            stats: Stats::default(),
+            options,
+            started: SystemTime::now(),
+            registry: Mutex::new(registry),
+            next_listener: AtomicUsize::new(0),
+        });
+        work.start(Arc::clone(&hub))?;
+        Ok(hub)
+    }
+
+    pub(crate) fn registry(&self) -> MutexGuard<'_, Registry> {
+        self.registry.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn info(&self) -> StorageInfo {
+        StorageInfo { length: self.storage.object_count(), size: self.storage.size() }
+    }
+
+    /// Joins the listeners. The tid is the connection's first view: exactly what comes after it will be posted.
+    pub(crate) fn register(self: &Arc<Self>, mailbox: &Arc<Mailbox>) -> (Registration, Tid) {
+        let id = self.next_listener.fetch_add(1, Ordering::Relaxed) as u64;
+        let mut registry = self.registry();
+        registry.listeners.insert(id, Arc::clone(mailbox));
+        (Registration { hub: Arc::clone(self), id }, registry.last_tid)
+    }
+
+    pub(crate) fn connections(&self) -> usize {
+        self.registry().listeners.len()
+    }
+
+    /// Announces a committed transaction to everybody; the committing connection gets `own` in its place.
+    pub(crate) fn publish(&self, tid: Tid, oids: Arc<[Oid]>, own: Option<(u64, Box<dyn FnOnce(Arc<Publication>) + Send>)>) {
+        let publication = Arc::new(Publication::new(tid, oids));
+        let mut registry = self.registry();
+        registry.append(&publication);
+        let committer = own.as_ref().map(|(id, _)| *id);
+        for (id, mailbox) in &registry.listeners {
+            if Some(*id) != committer {
+                mailbox.post(Event::Published(Arc::clone(&publication)));
+            }
+        }
+        // Last, so that whoever hears of the commit from its committer finds it in every mailbox; and still inside,
+        // so that the next transaction comes after it.
+        if let Some((_, post)) = own {
+            post(publication);
+        }
+    }
+
+    /// After a pack.
+    pub(crate) fn broadcast_info(&self) {
+        let info = self.info();
+        for mailbox in self.registry().listeners.values() {
+            mailbox.post(Event::Info(info));
+        }
+    }
+
+    /// The storage says that anything may have changed: the queue starts anew, and every client has to verify.
+    pub(crate) fn invalidate_all(&self, reason: &str) {
+        let last_tid = self.storage.last_tid();
+        let mut registry = self.registry();
+        registry.last_tid = last_tid;
+        registry.queue.clear();
+        registry.queue.push_back((last_tid, Arc::new([])));
+        for mailbox in registry.listeners.values() {
+            mailbox.post(Event::Close(reason.to_owned()));
+        }
+    }
+}
+
+/// Membership in a hub's list of listeners, until dropped.
+pub(crate) struct Registration {
+    pub(crate) hub: Arc<Hub>,
+    pub(crate) id: u64,
+}
+
+impl Drop for Registration {
+    fn drop(&mut self) {
+        self.hub.registry().listeners.remove(&self.id);
+    }
+}

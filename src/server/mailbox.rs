@@ -1,0 +1,168 @@
+//! [`Mailbox`]: what the rest of the server has to say to one connection, in order.
+//!
+//! Everything that reaches a connection's output from outside its own task comes through here, so the order in which
+//! things are posted is the order in which the client reads them (invalidations, replies of worker threads, lock grants).
+//! A client that does not read makes its mailbox grow: invalidations are counted, and beyond a limit the connection is
+//! dropped (the client verifies its cache when it comes back) and nothing more is kept for it.
+//!
+//! Cost of a post: one uncontended mutex, one push, and a wake-up of the connection's task if it sleeps.
+
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+
+use bytes::{Bytes, BytesMut};
+use tokio::sync::Notify;
+
+use super::session::Session;
+use crate::ids::{Oid, Tid};
+use crate::wire::{Encoding, Notice, encode_notice};
+
+/// One committed transaction, as every registered connection is told of it. Encoded once per encoding, on first use.
+#[derive(Debug)]
+pub(crate) struct Publication {
+    pub(crate) tid: Tid,
+    pub(crate) oids: Arc<[Oid]>,
+    pickled: OnceLock<Bytes>,
+    packed: OnceLock<Bytes>,
+}
+
+impl Publication {
+    pub(crate) fn new(tid: Tid, oids: Arc<[Oid]>) -> Self {
+        Self { tid, oids, pickled: OnceLock::new(), packed: OnceLock::new() }
+    }
+
+    /// The whole `invalidateTransaction` frame.
+    pub(crate) fn frame(&self, encoding: Encoding) -> &Bytes {
+        let cell = match encoding {
+            Encoding::Pickle => &self.pickled,
+            Encoding::Msgpack => &self.packed,
+        };
+        cell.get_or_init(|| {
+            let mut frame = BytesMut::new();
+            let notice = Notice::InvalidateTransaction { tid: self.tid, oids: self.oids.to_vec() };
+            if let Err(error) = encode_notice(encoding, &notice, &mut frame) {
+                tracing::error!(tid = %self.tid, %error, "an invalidation cannot be sent");
+            }
+            frame.freeze()
+        })
+    }
+
+    /// About how much of a mailbox it takes.
+    fn weight(&self) -> usize {
+        64 + 11 * self.oids.len()
+    }
+}
+
+/// `length` and `size` of a storage, as `info` notices carry them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct StorageInfo {
+    pub(crate) length: u64,
+    pub(crate) size: u64,
+}
+
+/// Something to be done by a connection's own task.
+type Continuation = Box<dyn FnOnce(&mut Session) + Send>;
+
+pub(crate) enum Event {
+    /// Another connection, or the storage itself, committed this.
+    Published(Arc<Publication>),
+    /// This connection's own commit: `info`, then what the continuation writes, then its view includes it.
+    Committed { publication: Arc<Publication>, info: StorageInfo, reply: Continuation },
+    /// After a pack.
+    Info(StorageInfo),
+    /// The result of a worker thread, or a lock that was granted.
+    Continue(Continuation),
+    /// Close, for this reason.
+    Close(String),
+}
+
+struct State {
+    events: VecDeque<Event>,
+    /// Weight of the invalidations among them.
+    unread: usize,
+    /// Nobody reads it any more.
+    closed: bool,
+}
+
+/// See the module documentation.
+pub(crate) struct Mailbox {
+    state: Mutex<State>,
+    /// Lets the connection's task skip the mutex when there is nothing.
+    filled: AtomicBool,
+    wake: Notify,
+    limit: usize,
+}
+
+impl Mailbox {
+    pub(crate) fn new(limit: usize) -> Self {
+        Self {
+            state: Mutex::new(State { events: VecDeque::new(), unread: 0, closed: false }),
+            filled: AtomicBool::new(false),
+            wake: Notify::new(),
+            limit,
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Appends `event`, or drops it (releasing what it holds) if the connection has ended.
+    pub(crate) fn post(&self, event: Event) {
+        let weight = match &event {
+            Event::Published(publication) => publication.weight(),
+            _ => 0,
+        };
+        let mut rejected = None;
+        {
+            let mut state = self.lock();
+            if state.closed {
+                rejected = Some(event);
+            } else {
+                state.unread += weight;
+                if state.unread > self.limit {
+                    let reason = format!("it does not read its invalidations ({} bytes wait for it)", state.unread);
+                    let unread = std::mem::take(&mut state.events);
+                    state.events.push_back(Event::Close(reason));
+                    state.closed = true;
+                    // Continuations among them may hold locks, whose release takes other mutexes.
+                    drop(state);
+                    drop(unread);
+                } else {
+                    state.events.push_back(event);
+                }
+            }
+        }
+        drop(rejected);
+        self.filled.store(true, Ordering::Release);
+        self.wake.notify_one();
+    }
+
+    /// Takes everything posted so far.
+    pub(crate) fn take(&self, into: &mut VecDeque<Event>) {
+        if !self.filled.swap(false, Ordering::Acquire) {
+            return;
+        }
+        let mut state = self.lock();
+        state.unread = 0;
+        if into.is_empty() {
+            std::mem::swap(into, &mut state.events);
+        } else {
+            into.append(&mut state.events);
+        }
+    }
+
+    pub(crate) async fn filled(&self) {
+        if !self.filled.load(Ordering::Acquire) {
+            self.wake.notified().await;
+        }
+    }
+
+    /// No event is kept from now on. Returns those that were not taken, to be dropped outside any lock.
+    pub(crate) fn close(&self) -> VecDeque<Event> {
+        let mut state = self.lock();
+        state.closed = true;
+        std::mem::take(&mut state.events)
+    }
+}

@@ -1,0 +1,5 @@
+//! The server: sessions, commit, invalidation.
+
+mod locks;
+
+pub use locks::LockHolder;

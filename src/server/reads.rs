@@ -1,0 +1,216 @@
+//! Calls that read: loads, history, invalidations missed, iteration by oid; and `new_oids`, `pack`.
+
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use super::fault;
+use super::hub::{Hub, count};
+use super::session::{Outcome, ReplyTo, Served, Session};
+use super::undo::with_extension;
+use crate::ids::{Oid, Tid};
+use crate::limits::MAX_NEW_OIDS;
+use crate::pickle::Value;
+use crate::storage::{Loaded, PackOptions, Result, Storage, StorageError};
+use crate::wire::{Fault, encode_loaded};
+
+/// Entries that `history` may be asked for at once.
+const MAX_HISTORY: i64 = 1 << 20;
+
+impl Session {
+    /// Cost, for a record in the page cache: the engine's index lookup and read, one copy into the output buffer.
+    pub(crate) fn load_before(&mut self, hub: &Arc<Hub>, to: &mut ReplyTo, oid: Oid, before: Tid) -> Served {
+        count(&hub.stats.loads);
+        let view = self.view;
+        let as_of_view = before.min(view.next());
+        let loaded = if hub.capabilities.slow_calls {
+            Err(StorageError::WouldBlock)
+        } else {
+            hub.storage.try_load_before(oid, as_of_view)
+        };
+        if !matches!(loaded, Err(StorageError::WouldBlock)) {
+            return self.loaded(to, view, loaded);
+        }
+        let mut to = to.take();
+        let storage = Arc::clone(&hub.storage);
+        self.slow_loads += 1;
+        self.background(
+            move || storage.load_before(oid, as_of_view),
+            move |session, loaded| {
+                session.slow_loads -= 1;
+                let served = session.loaded_slowly(&mut to, oid, view, loaded);
+                if session.slow_loads == 0 {
+                    session.published_meanwhile.clear();
+                }
+                session.answer(to, served);
+            },
+        );
+        Ok(Outcome::Later)
+    }
+
+    /// The answer to a load as of `view`.
+    fn loaded(&mut self, to: &ReplyTo, view: Tid, loaded: Result<Option<Loaded>>) -> Served {
+        match loaded {
+            Ok(Some(Loaded { data, tid, end_tid })) => {
+                let loaded = Some((&data[..], tid, end_tid.filter(|end| *end <= view)));
+                if to.is_async {
+                    return Ok(Outcome::Reply(Value::None));
+                }
+                encode_loaded(self.encoding, &to.id, loaded, &mut self.out)
+                    .map_err(|error| Fault::value_error(error.to_string()))?;
+                Ok(Outcome::Later)
+            }
+            Ok(None) => Ok(Outcome::Reply(Value::None)),
+            Err(error) => Err(fault::of(&error)),
+        }
+    }
+
+    /// As [`Self::loaded`], but `view` has moved on: what was current then may have ended since.
+    fn loaded_slowly(&mut self, to: &mut ReplyTo, oid: Oid, view: Tid, loaded: Result<Option<Loaded>>) -> Served {
+        let Ok(Some(loaded)) = loaded else { return self.loaded(to, view, loaded) };
+        let known = loaded.end_tid.filter(|end| *end <= view);
+        let ended = || self.published_meanwhile.iter().find(|later| later.tid > view && later.oids.contains(&oid));
+        let end_tid = known.or_else(|| Some(ended()?.tid));
+        self.loaded(to, self.view, Ok(Some(Loaded { end_tid, ..loaded })))
+    }
+
+    pub(crate) fn load_serial(&mut self, hub: &Arc<Hub>, to: &mut ReplyTo, oid: Oid, serial: Tid) -> Served {
+        let storage = Arc::clone(&hub.storage);
+        self.in_background(to, move || storage.load_serial(oid, serial).map(Value::from))
+    }
+
+    pub(crate) fn get_tid(&mut self, hub: &Arc<Hub>, to: &mut ReplyTo, oid: Oid) -> Served {
+        let storage = Arc::clone(&hub.storage);
+        let before = self.view.next();
+        self.in_background(to, move || {
+            let loaded = storage.load_before(oid, before)?;
+            loaded.map(|loaded| loaded.tid.into()).ok_or(StorageError::NotFound(oid))
+        })
+    }
+
+    pub(crate) fn history(&mut self, hub: &Arc<Hub>, to: &mut ReplyTo, oid: Oid, size: i64) -> Served {
+        let storage = Arc::clone(&hub.storage);
+        let size = size.clamp(0, MAX_HISTORY) as usize;
+        self.in_background(to, move || {
+            let entries = storage.history(oid, size)?.into_iter().map(|entry| {
+                let fixed = [
+                    ("time", entry.tid.to_unix().into()),
+                    ("user_name", entry.meta.user.into()),
+                    ("description", entry.meta.description.into()),
+                    ("tid", entry.tid.into()),
+                    ("size", entry.size.into()),
+                ];
+                with_extension(fixed, &entry.meta.extension, false)
+            });
+            Ok(Value::List(entries.collect()))
+        })
+    }
+
+    pub(crate) fn record_iternext(&mut self, hub: &Arc<Hub>, to: &mut ReplyTo, next: Option<Oid>) -> Served {
+        if !hub.capabilities.record_iternext {
+            return Err(fault::of(&StorageError::Unsupported("record_iternext")));
+        }
+        let storage = Arc::clone(&hub.storage);
+        self.in_background(to, move || match storage.record_iternext(next)? {
+            Some(record) => Ok(Value::Tuple(vec![
+                record.oid.into(),
+                record.tid.into(),
+                record.data.into(),
+                record.next.into(),
+            ])),
+            None => Err(StorageError::NotFound(next.unwrap_or(Oid::ROOT))),
+        })
+    }
+
+    pub(crate) fn get_info(&mut self, hub: &Arc<Hub>, to: &mut ReplyTo) -> Served {
+        let storage = Arc::clone(&hub.storage);
+        let capabilities = hub.capabilities.clone();
+        self.here_or_in_background(hub, to, move || {
+            let interfaces = capabilities
+                .interfaces
+                .iter()
+                .map(|(module, name)| Value::Tuple(vec![module.as_str().into(), name.as_str().into()]));
+            Ok(Value::dict([
+                ("length", storage.object_count().into()),
+                ("size", storage.size().into()),
+                ("name", storage.name().into()),
+                ("supportsUndo", capabilities.undo.into()),
+                ("supports_record_iternext", capabilities.record_iternext.into()),
+                ("interfaces", Value::Tuple(interfaces.collect())),
+            ]))
+        })
+    }
+
+    pub(crate) fn new_oids(&mut self, hub: &Arc<Hub>, to: &mut ReplyTo, count: i64) -> Served {
+        self.may_write()?;
+        let storage = Arc::clone(&hub.storage);
+        let count = count.clamp(1, MAX_NEW_OIDS as i64) as usize;
+        self.in_background(to, move || Ok(Value::oids(&storage.new_oids(count)?)))
+    }
+
+    /// What changed after `since`: from the queue, or within `invalidation-age` from the storage; else `None`.
+    ///
+    /// Never beyond the view: the client takes the tid of the answer as its own and skips invalidations up to it.
+    pub(crate) fn get_invalidations(&mut self, hub: &Arc<Hub>, to: &mut ReplyTo, since: Tid) -> Served {
+        let view = self.view;
+        if let Some(oids) = hub.registry().invalidations(since, view) {
+            return Ok(Outcome::Reply(Value::Tuple(vec![view.into(), Value::oids(&oids)])));
+        }
+        let Some(age) = hub.options.invalidation_age else { return Ok(Outcome::Reply(Value::None)) };
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |now| now.as_secs_f64());
+        if now - since.to_unix() >= age.as_secs_f64() || since >= view {
+            return Ok(Outcome::Reply(Value::None));
+        }
+        let storage = Arc::clone(&hub.storage);
+        self.in_background(to, move || changed_between(&*storage, since, view))
+    }
+
+    /// Packs on a worker thread. Everybody is told the new size; whoever waits gets the reply after that.
+    pub(crate) fn pack(&mut self, hub: &Arc<Hub>, to: &mut ReplyTo, time: f64, wait: bool) -> Served {
+        let waits = wait && !to.is_async;
+        let worker_hub = Arc::clone(hub);
+        let server = Arc::clone(&self.server);
+        let holder: Arc<str> = format!("pack, asked by {}", self.who()).into();
+        tracing::info!(client = %self.who(), storage = %hub.id, time, "pack started");
+        let work = move || {
+            let hub = worker_hub;
+            let switch_lock = super::locks::WholeStorage { locks: Arc::clone(&hub.locks), holder };
+            let options = PackOptions {
+                time,
+                gc: None,
+                references: &*hub.options.references,
+                progress: &mut |_| !server.is_stopping(),
+                throttle: None,
+            };
+            let packed = hub.storage.pack(options, &switch_lock);
+            match &packed {
+                Ok(()) => {
+                    tracing::info!(storage = %hub.id, "pack finished");
+                    hub.broadcast_info();
+                }
+                Err(error) => tracing::error!(storage = %hub.id, %error, "pack failed"),
+            }
+            packed.map(|()| Value::None)
+        };
+        if waits {
+            return self.in_background(to, work);
+        }
+        self.background(work, |_, _| {});
+        Ok(Outcome::Reply(Value::None))
+    }
+}
+
+fn changed_between(storage: &dyn Storage, since: Tid, view: Tid) -> Result<Value> {
+    let mut transactions = storage.iterate(Some(since.next()), Some(view))?;
+    let mut changed = rustc_hash::FxHashSet::default();
+    let mut oids = Vec::new();
+    let mut last = None;
+    while let Some((info, mut records)) = transactions.next_txn()? {
+        last = Some(info.tid);
+        while let Some(record) = records.next_record()? {
+            if changed.insert(record.oid) {
+                oids.push(record.oid);
+            }
+        }
+    }
+    Ok(last.map_or(Value::None, |tid| Value::Tuple(vec![tid.into(), Value::oids(&oids)])))
+}

@@ -1,0 +1,465 @@
+//! [`Session`]: one client, from its handshake on: what it may call, what it is told, and its view of the storage.
+//!
+//! A session does no I/O. Its connection ([`super::connection`]) gives it decoded requests and the events of its mailbox,
+//! one after the other, and sends what it appends to `out`; so the order of that one buffer is the order on the wire.
+//!
+//! # The view
+//! `view` is the last tid whose invalidation (or whose own `tpc_finish` reply) is in `out`. Every load is answered as of
+//! the view, so it can neither show a transaction before its invalidation nor, after it, call current what it ended. No
+//! lock is needed for that: the engine has several revisions of an object.
+//!
+//! # Slow work
+//! What may wait for the disk or for Python runs on a worker thread, and its reply comes back through the mailbox, so it
+//! is behind everything published before it was ready. `hold` counts the work that later requests of this client must
+//! not overtake.
+
+use std::collections::VecDeque;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+use bytes::{Bytes, BytesMut};
+use tokio::runtime::Handle;
+
+use super::Shared;
+use super::blobs::{BlobStream, Upload};
+use super::cursors::{CursorCall, Cursors};
+use super::fault;
+use super::hub::{Hub, Registration};
+use super::mailbox::{Event, Mailbox, Publication, StorageInfo};
+use super::transaction::Transaction;
+use crate::ids::Tid;
+use crate::pickle::Value;
+use crate::storage::StorageError;
+use crate::wire::{
+    BadCall, Call, Encoding, Fault, MessageId, Notice, Request, encode_fault, encode_notice, encode_reply,
+};
+
+/// Worker threads that one client may keep busy; its further requests wait.
+const MAX_JOBS: usize = 16;
+/// With this much unsent output no further request of a client is served.
+pub(crate) const HIGH_WATER: usize = 1 << 20;
+
+/// Where the answer of a call goes.
+#[derive(Debug)]
+pub(crate) struct ReplyTo {
+    pub(crate) id: MessageId,
+    /// The client waits for no answer; an error closes the connection.
+    pub(crate) is_async: bool,
+    pub(crate) method: &'static str,
+}
+
+/// What a call has come to.
+pub(crate) enum Outcome {
+    Reply(Value),
+    /// The answer has been written, or will come through the mailbox.
+    Later,
+}
+
+pub(crate) type Served = Result<Outcome, Fault>;
+
+/// See the module documentation. The fields are for the modules that implement its calls.
+pub(crate) struct Session {
+    pub(crate) server: Arc<Shared>,
+    pub(crate) runtime: Handle,
+    pub(crate) peer: String,
+    pub(crate) label: String,
+    pub(crate) encoding: Encoding,
+    pub(crate) mailbox: Arc<Mailbox>,
+    pub(crate) registration: Option<Registration>,
+    pub(crate) read_only: bool,
+    pub(crate) view: Tid,
+    /// Frames to be sent.
+    pub(crate) out: BytesMut,
+    pub(crate) txn: Option<Transaction>,
+    pub(crate) votes: u64,
+    /// Finishes on their way; they are not stopped any more.
+    pub(crate) committer_busy: usize,
+    pub(crate) upload: Option<Upload>,
+    pub(crate) stream: Option<BlobStream>,
+    /// `None` while a worker thread has them.
+    pub(crate) cursors: Option<Cursors>,
+    pub(crate) cursor_calls: VecDeque<(ReplyTo, CursorCall)>,
+    /// Loads on worker threads, and what was published since the first of them began.
+    pub(crate) slow_loads: usize,
+    pub(crate) published_meanwhile: Vec<Arc<Publication>>,
+    hold: usize,
+    jobs: usize,
+    events: VecDeque<Event>,
+    closing: Option<String>,
+}
+
+impl Session {
+    pub(crate) fn new(server: Arc<Shared>, runtime: Handle, peer: String, encoding: Encoding) -> Self {
+        let mailbox = Arc::new(Mailbox::new(server.config.max_unread));
+        Self {
+            server,
+            runtime,
+            peer,
+            label: String::new(),
+            encoding,
+            mailbox,
+            registration: None,
+            read_only: false,
+            view: Tid::ZERO,
+            out: BytesMut::new(),
+            txn: None,
+            votes: 0,
+            committer_busy: 0,
+            upload: None,
+            stream: None,
+            cursors: Some(Cursors::default()),
+            cursor_calls: VecDeque::new(),
+            slow_loads: 0,
+            published_meanwhile: Vec::new(),
+            hold: 0,
+            jobs: 0,
+            events: VecDeque::new(),
+            closing: None,
+        }
+    }
+
+    /// Name in log lines.
+    pub(crate) fn who(&self) -> String {
+        if self.label.is_empty() { self.peer.clone() } else { format!("{} ({})", self.peer, self.label) }
+    }
+
+    /// Nothing more is served or told; the connection ends. The first reason counts.
+    pub(crate) fn close(&mut self, reason: impl Into<String>) {
+        self.closing.get_or_insert_with(|| reason.into());
+    }
+
+    pub(crate) fn closing(&self) -> Option<&str> {
+        self.closing.as_deref()
+    }
+
+    /// Whether the next request may be served now.
+    pub(crate) fn may_serve(&self) -> bool {
+        self.hold == 0
+            && self.jobs < MAX_JOBS
+            && self.stream.is_none()
+            && self.out.len() < HIGH_WATER
+            && self.closing.is_none()
+    }
+
+    /// Whether events may be written now: not into the middle of a blob, nor for a client that does not read.
+    pub(crate) fn may_listen(&self) -> bool {
+        self.stream.is_none() && self.out.len() < HIGH_WATER && self.closing.is_none()
+    }
+
+    /// Writes everything that was posted before this moment.
+    ///
+    /// Called after reading from the socket and before serving what was read, which makes every request a barrier.
+    pub(crate) fn listen(&mut self) {
+        loop {
+            while self.stream.is_none() && self.closing.is_none() {
+                let Some(event) = self.events.pop_front() else { break };
+                self.heed(event);
+            }
+            if !self.may_listen() || !self.events.is_empty() {
+                return;
+            }
+            let mut events = std::mem::take(&mut self.events);
+            self.mailbox.take(&mut events);
+            self.events = events;
+            if self.events.is_empty() {
+                return;
+            }
+        }
+    }
+
+    fn heed(&mut self, event: Event) {
+        match event {
+            Event::Published(publication) => {
+                self.out.extend_from_slice(publication.frame(self.encoding));
+                self.advance(publication);
+            }
+            Event::Committed { publication, info, reply } => {
+                self.tell_info(info);
+                reply(self);
+                self.advance(publication);
+            }
+            Event::Info(info) => self.tell_info(info),
+            Event::Continue(continuation) => continuation(self),
+            Event::Close(reason) => self.close(reason),
+        }
+    }
+
+    fn advance(&mut self, publication: Arc<Publication>) {
+        self.view = publication.tid;
+        if self.slow_loads > 0 {
+            self.published_meanwhile.push(publication);
+        }
+    }
+
+    fn tell_info(&mut self, info: StorageInfo) {
+        self.notify(&Notice::Info(Value::dict([("length", info.length.into()), ("size", info.size.into())])));
+    }
+
+    pub(crate) fn notify(&mut self, notice: &Notice) {
+        if let Err(error) = encode_notice(self.encoding, notice, &mut self.out) {
+            self.close(error.to_string());
+        }
+    }
+
+    /// Serves one request. Its reply is appended to `out`, now or later.
+    pub(crate) fn serve(&mut self, request: Request) {
+        let Request { id, is_async, call } = request;
+        let call = match call {
+            Ok(Call::KeepAlive) => return,
+            Ok(call) => call,
+            Err(bad) => return self.serve_bad(id, is_async, &bad),
+        };
+        let mut to = ReplyTo { id, is_async, method: method(&call) };
+        let served = match (&self.registration, call) {
+            (None, Call::Register { storage, read_only }) => self.register(&storage, read_only),
+            (None, _) => return self.close(format!("it called {} before register", to.method)),
+            (Some(_), Call::Register { .. }) => return self.close("it called register twice"),
+            (Some(registration), call) => {
+                let hub = Arc::clone(&registration.hub);
+                self.dispatch(&hub, call, &mut to)
+            }
+        };
+        self.answer(to, served);
+    }
+
+    fn serve_bad(&mut self, id: MessageId, is_async: bool, bad: &BadCall) {
+        let fault = match bad {
+            _ if self.registration.is_none() => return self.close(format!("before register: {bad}")),
+            // ZEO permits this name and then has no such method.
+            BadCall::UnknownMethod(name) if name != "new_oid" => return self.close(bad.to_string()),
+            _ => Fault::from(bad),
+        };
+        self.answer(ReplyTo { id, is_async, method: "call" }, Err(fault));
+    }
+
+    fn dispatch(&mut self, hub: &Arc<Hub>, call: Call, to: &mut ReplyTo) -> Served {
+        match call {
+            Call::LoadBefore { oid, before } => self.load_before(hub, to, oid, before),
+            Call::Ping => Ok(Outcome::Reply(Value::None)),
+            Call::LastTransaction => Ok(Outcome::Reply(self.view.into())),
+            Call::GetInfo => self.get_info(hub, to),
+            Call::GetInvalidations { tid } => self.get_invalidations(hub, to, tid),
+            Call::LoadSerial { oid, serial } => self.load_serial(hub, to, oid, serial),
+            Call::GetTid { oid } => self.get_tid(hub, to, oid),
+            Call::History { oid, size } => self.history(hub, to, oid, size),
+            Call::RecordIternext { next } => self.record_iternext(hub, to, next),
+            Call::NewOids { count } => self.new_oids(hub, to, count),
+            Call::TpcBegin { txn, user, description, extension, tid, status } => {
+                self.tpc_begin(hub, txn, user, description, &extension, tid, status)
+            }
+            Call::Storea { oid, serial, data, txn } => self.storea(hub, oid, serial, data, &txn),
+            Call::CheckCurrentSerial { oid, serial, txn } => self.check_current(oid, serial, &txn),
+            Call::DeleteObject { oid, serial, txn } => self.delete_object(hub, oid, serial, &txn),
+            Call::Restorea { oid, serial, data, prev_txn, txn } => {
+                self.restorea(hub, oid, serial, data, prev_txn, &txn)
+            }
+            Call::Undoa { trans_id, txn } => self.undoa(hub, &trans_id, &txn),
+            Call::StoreBlobStart => self.store_blob_start(hub),
+            Call::StoreBlobChunk { chunk } => self.store_blob_chunk(&chunk),
+            Call::StoreBlobEnd { oid, serial, data, txn } => self.store_blob_end(to, oid, serial, data, txn),
+            Call::StoreBlobShared { oid, serial, data, filename, txn } => {
+                self.store_blob_shared(hub, oid, serial, data, &filename, &txn)
+            }
+            Call::Vote { txn } => self.vote(hub, to, &txn),
+            Call::TpcFinish { txn } => self.tpc_finish(hub, to, &txn),
+            Call::TpcAbort { txn } => self.tpc_abort(hub, &txn),
+            Call::SendBlob { oid, serial } => self.send_blob(hub, to, oid, serial),
+            Call::Pack { time, wait } => self.pack(hub, to, time, wait),
+            Call::UndoInfo { first, last, specification } => self.undo_info(hub, to, first, last, specification),
+            Call::UndoLog { first, last } => self.undo_info(hub, to, first, last, Value::None),
+            Call::IteratorStart { start, stop } => self.cursor_call(hub, to, CursorCall::Start { start, stop }),
+            Call::IteratorNext { iid } => self.cursor_call(hub, to, CursorCall::Next { iid }),
+            Call::IteratorRecordStart { txn_iid, tid } => {
+                self.cursor_call(hub, to, CursorCall::RecordStart { txn_iid, tid })
+            }
+            Call::IteratorRecordNext { iid } => self.cursor_call(hub, to, CursorCall::RecordNext { iid }),
+            Call::IteratorGc { iids } => self.cursor_call(hub, to, CursorCall::Forget { iids }),
+            Call::ServerStatus => Ok(Outcome::Reply(super::status::value(hub))),
+            Call::SetClientLabel { label } => {
+                tracing::info!(client = %self.peer, %label, "client label");
+                self.label = label;
+                Ok(Outcome::Reply(Value::None))
+            }
+            Call::Register { .. } | Call::KeepAlive => Ok(Outcome::Reply(Value::None)),
+        }
+    }
+
+    fn register(&mut self, storage: &str, read_only: bool) -> Served {
+        let Some(hub) = self.server.hubs.iter().find(|hub| hub.id == storage) else {
+            return Err(Fault::value_error(format!("unknown storage: {storage}")));
+        };
+        let only_reads = self.server.config.read_only || hub.storage.is_read_only();
+        if only_reads && !read_only {
+            return Err(fault::of(&StorageError::ReadOnly));
+        }
+        self.read_only = read_only || only_reads;
+        let (registration, view) = hub.register(&self.mailbox);
+        self.registration = Some(registration);
+        self.view = view;
+        tracing::info!(client = %self.peer, storage, read_only = self.read_only, "client registered");
+        Ok(Outcome::Reply(view.into()))
+    }
+
+    /// Writes what a call has come to.
+    pub(crate) fn answer(&mut self, to: ReplyTo, served: Served) {
+        match served {
+            Ok(Outcome::Later) => {}
+            Ok(Outcome::Reply(_)) if to.is_async => {}
+            Ok(Outcome::Reply(value)) => {
+                if let Err(error) = encode_reply(self.encoding, &to.id, &value, &mut self.out) {
+                    self.answer_fault(&to, &Fault::value_error(error.to_string()));
+                }
+            }
+            Err(fault) => self.answer_fault(&to, &fault),
+        }
+    }
+
+    fn answer_fault(&mut self, to: &ReplyTo, fault: &Fault) {
+        if to.is_async {
+            return self.close(format!("{} failed: {} {}", to.method, fault.class, fault.data));
+        }
+        if let Err(error) = encode_fault(self.encoding, &to.id, fault, &mut self.out) {
+            self.close(format!("{} failed, and its error {error}", to.method));
+        }
+    }
+
+    /// Runs `work` on a worker thread, then `then` in this session.
+    pub(crate) fn background<T: Send + 'static>(
+        &mut self,
+        work: impl FnOnce() -> T + Send + 'static,
+        then: impl FnOnce(&mut Self, T) + Send + 'static,
+    ) {
+        self.jobs += 1;
+        let mailbox = Arc::clone(&self.mailbox);
+        self.runtime.spawn_blocking(move || {
+            let event = match catch_unwind(AssertUnwindSafe(work)) {
+                Ok(done) => Event::Continue(Box::new(move |session: &mut Self| {
+                    session.jobs -= 1;
+                    then(session, done);
+                })),
+                Err(_) => Event::Close("internal error: a worker thread panicked".into()),
+            };
+            mailbox.post(event);
+        });
+    }
+
+    /// As [`Self::background`]; no further request is served until it is done.
+    pub(crate) fn background_in_order<T: Send + 'static>(
+        &mut self,
+        work: impl FnOnce() -> T + Send + 'static,
+        then: impl FnOnce(&mut Self, T) + Send + 'static,
+    ) {
+        self.hold += 1;
+        self.background(work, move |session, done| {
+            session.hold -= 1;
+            then(session, done);
+        });
+    }
+
+    /// Answers a call by what `work` finds out on a worker thread.
+    pub(crate) fn in_background(
+        &mut self,
+        to: &mut ReplyTo,
+        work: impl FnOnce() -> Result<Value, StorageError> + Send + 'static,
+    ) -> Served {
+        let to = to.take();
+        self.background(work, move |session, done| {
+            session.answer(to, done.map(Outcome::Reply).map_err(|error| fault::of(&error)));
+        });
+        Ok(Outcome::Later)
+    }
+
+    /// As [`Self::in_background`], unless the storage's calls are quick enough to be made here and now.
+    pub(crate) fn here_or_in_background(
+        &mut self,
+        hub: &Arc<Hub>,
+        to: &mut ReplyTo,
+        work: impl FnOnce() -> Result<Value, StorageError> + Send + 'static,
+    ) -> Served {
+        if hub.capabilities.slow_calls {
+            return self.in_background(to, work);
+        }
+        work().map(Outcome::Reply).map_err(|error| fault::of(&error))
+    }
+
+    /// When the transaction has held its locks too long.
+    pub(crate) fn deadline(&self) -> Option<Instant> {
+        self.txn.as_ref().and_then(Transaction::deadline)
+    }
+
+    /// Whether a client is between its vote and the end of its transaction.
+    pub(crate) fn is_committing(&self) -> bool {
+        self.committer_busy > 0 || self.txn.as_ref().is_some_and(Transaction::holds_locks)
+    }
+
+    /// Ends it: aborts, releases, removes from the lists. What may block is done on a worker thread.
+    pub(crate) fn end(mut self) {
+        if let Some(registration) = self.registration.take() {
+            if self.txn.is_some() {
+                registration.hub.stats.active_txns.fetch_sub(1, Ordering::Relaxed);
+            }
+            drop(registration);
+        }
+        let unread = self.mailbox.close();
+        let runtime = self.runtime.clone();
+        if self.txn.is_some() || self.upload.is_some() || !unread.is_empty() || !self.events.is_empty() {
+            runtime.spawn_blocking(move || drop((unread, self)));
+        }
+    }
+}
+
+impl ReplyTo {
+    /// Moves it out, for an answer that comes later.
+    pub(crate) fn take(&mut self) -> Self {
+        let id = std::mem::replace(&mut self.id, MessageId::Seq(0));
+        Self { id, is_async: self.is_async, method: self.method }
+    }
+}
+
+/// Keeps `data` without keeping the much larger buffer that it was received in.
+pub(crate) fn own(data: Bytes) -> Bytes {
+    if data.len() < 16 << 10 { Bytes::copy_from_slice(&data) } else { data }
+}
+
+fn method(call: &Call) -> &'static str {
+    match call {
+        Call::Register { .. } => "register",
+        Call::GetInfo => "get_info",
+        Call::LastTransaction => "lastTransaction",
+        Call::GetInvalidations { .. } => "getInvalidations",
+        Call::LoadBefore { .. } => "loadBefore",
+        Call::LoadSerial { .. } => "loadSerial",
+        Call::GetTid { .. } => "getTid",
+        Call::History { .. } => "history",
+        Call::RecordIternext { .. } => "record_iternext",
+        Call::NewOids { .. } => "new_oids",
+        Call::TpcBegin { .. } => "tpc_begin",
+        Call::Storea { .. } => "storea",
+        Call::CheckCurrentSerial { .. } => "checkCurrentSerialInTransaction",
+        Call::DeleteObject { .. } => "deleteObject",
+        Call::Restorea { .. } => "restorea",
+        Call::Undoa { .. } => "undoa",
+        Call::StoreBlobStart => "storeBlobStart",
+        Call::StoreBlobChunk { .. } => "storeBlobChunk",
+        Call::StoreBlobEnd { .. } => "storeBlobEnd",
+        Call::StoreBlobShared { .. } => "storeBlobShared",
+        Call::Vote { .. } => "vote",
+        Call::TpcFinish { .. } => "tpc_finish",
+        Call::TpcAbort { .. } => "tpc_abort",
+        Call::SendBlob { .. } => "sendBlob",
+        Call::Pack { .. } => "pack",
+        Call::UndoInfo { .. } => "undoInfo",
+        Call::UndoLog { .. } => "undoLog",
+        Call::IteratorStart { .. } => "iterator_start",
+        Call::IteratorNext { .. } => "iterator_next",
+        Call::IteratorRecordStart { .. } => "iterator_record_start",
+        Call::IteratorRecordNext { .. } => "iterator_record_next",
+        Call::IteratorGc { .. } => "iterator_gc",
+        Call::ServerStatus => "server_status",
+        Call::SetClientLabel { .. } => "set_client_label",
+        Call::Ping => "ping",
+        Call::KeepAlive => "keep-alive",
+    }
+}

@@ -1,0 +1,432 @@
+//! `tpc_begin` … `tpc_abort`: the transaction of a connection.
+//!
+//! ```text
+//!           tpc_begin          vote: locks granted          vote succeeded
+//!   (none) ──────────► Begun ───────────────────► Voting ──────────────────► Voted ──tpc_finish──► (none)
+//!                        └─ vote: locks busy ─► Waiting ─┘
+//! ```
+//! A failed vote, `tpc_abort` and the end of the connection lead back to (none) from every state: dropping the
+//! [`Transaction`] aborts what was voted, then releases or leaves the locks, then removes temporary files.
+//! Nothing touches the storage before the vote.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+
+use super::commit::{FinishJob, Held};
+use super::fault;
+use super::hub::{Hub, count};
+use super::locks::{LockGuard, LockSet};
+use super::mailbox::Event;
+use super::session::{Outcome, ReplyTo, Served, Session, own};
+use super::undo::decode_trans_id;
+use crate::ids::{Oid, Tid};
+use crate::pickle::{Value, encode_extension};
+use crate::storage::{
+    Conflict, ConflictResolver, NoResolution, Op, Resolution, StagedTxn, Storage, StorageError, TxnMeta, VoteOutcome,
+};
+use crate::wire::{Fault, TxnKey};
+
+/// A vote of at most this many operations and bytes is made by the connection's own task.
+const SMALL_OPS: usize = 16;
+const SMALL_BYTES: usize = 1 << 20;
+
+/// A file of a transaction in progress; removed with it, unless the engine has moved it into place.
+#[derive(Debug)]
+pub(crate) struct TemporaryFile(pub(crate) PathBuf);
+
+impl Drop for TemporaryFile {
+    fn drop(&mut self) {
+        // Not being there is the usual case: it was committed.
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
+
+enum Phase {
+    Begun,
+    Waiting { locks: LockGuard, to: ReplyTo },
+    Voting { since: Instant },
+    Voted { held: Held, since: Instant },
+}
+
+/// See the module documentation. Fields are dropped in order.
+pub(crate) struct Transaction {
+    key: TxnKey,
+    phase: Phase,
+    /// Number of its last vote, by which late news of an aborted one is recognised.
+    vote: u64,
+    staged: StagedTxn,
+    /// Where the last `Store` of an oid is in `staged.ops`.
+    stores: HashMap<Oid, usize>,
+    bytes: usize,
+    files: Vec<TemporaryFile>,
+    timeout: Option<Duration>,
+}
+
+impl Transaction {
+    fn since(&self) -> Option<Instant> {
+        match &self.phase {
+            Phase::Voting { since } | Phase::Voted { since, .. } => Some(*since),
+            Phase::Begun | Phase::Waiting { .. } => None,
+        }
+    }
+
+    pub(crate) fn holds_locks(&self) -> bool {
+        self.since().is_some()
+    }
+
+    pub(crate) fn deadline(&self) -> Option<Instant> {
+        Some(self.since()? + self.timeout?)
+    }
+
+    /// Adds a store. One of the same object takes the place of an earlier one and keeps its blob, so that a record that
+    /// was stored with and without its blob (as ZEO's client does), or again after its conflict was resolved, is one.
+    fn stage_store(&mut self, oid: Oid, serial: Tid, data: Bytes, blob: Option<PathBuf>) {
+        self.bytes += data.len();
+        let at = self.stores.get(&oid).copied().and_then(|at| self.staged.ops.get_mut(at));
+        if let Some(Op::Store { serial: old_serial, data: old_data, blob: old_blob, .. }) = at {
+            self.bytes -= old_data.len();
+            (*old_serial, *old_data) = (serial, data);
+            *old_blob = blob.or(old_blob.take());
+            return;
+        }
+        self.stores.insert(oid, self.staged.ops.len());
+        self.staged.ops.push(Op::Store { oid, serial, data, blob });
+    }
+
+    fn is_small(&self) -> bool {
+        self.staged.ops.len() <= SMALL_OPS
+            && self.bytes <= SMALL_BYTES
+            && self.files.is_empty()
+            && !self.staged.ops.iter().any(|op| matches!(op, Op::Undo { .. } | Op::Restore { .. }))
+    }
+}
+
+impl Session {
+    #[expect(clippy::too_many_arguments, reason = "the arguments of the call")]
+    pub(crate) fn tpc_begin(
+        &mut self,
+        hub: &Arc<Hub>,
+        key: TxnKey,
+        user: Bytes,
+        description: Bytes,
+        extension: &Value,
+        tid: Option<Tid>,
+        status: u8,
+    ) -> Served {
+        self.may_write()?;
+        if let Some(open) = &self.txn {
+            if open.key == key {
+                tracing::info!(client = %self.who(), "duplicate tpc_begin ignored");
+                return Ok(Outcome::Reply(Value::None));
+            }
+            let text = "Multiple simultaneous tpc_begin requests from one client.";
+            return Err(Fault::storage_transaction(vec![text.into()]));
+        }
+        let extension = encode_extension(extension).map_err(|error| Fault::value_error(error.to_string()))?;
+        // Begun by a client that gave up in the middle of an upload.
+        self.upload = None;
+        let meta = TxnMeta { user: own(user), description: own(description), extension };
+        self.txn = Some(Transaction {
+            key,
+            phase: Phase::Begun,
+            vote: 0,
+            staged: StagedTxn { meta, tid, status, ops: Vec::new() },
+            stores: HashMap::new(),
+            bytes: 0,
+            files: Vec::new(),
+            timeout: hub.options.transaction_timeout,
+        });
+        count(&hub.stats.active_txns);
+        Ok(Outcome::Reply(Value::None))
+    }
+
+    pub(crate) fn may_write(&self) -> Result<(), Fault> {
+        if self.read_only { Err(Fault::read_only()) } else { Ok(()) }
+    }
+
+    /// The open transaction, if it is the one meant.
+    fn transaction(&mut self, key: &TxnKey) -> Result<&mut Transaction, Fault> {
+        self.may_write()?;
+        match &mut self.txn {
+            Some(txn) if txn.key == *key => Ok(txn),
+            other => {
+                let open = other.as_ref().map_or(Value::None, |txn| txn.key.clone());
+                Err(Fault::storage_transaction(vec![open, key.clone()]))
+            }
+        }
+    }
+
+    /// Checks the transaction, then stages what `add` adds. After the vote nothing more is taken in (silently, as ZEO).
+    fn stage(&mut self, key: &TxnKey, add: impl FnOnce(&mut Transaction)) -> Served {
+        let limit = self.server.config.max_staged;
+        let txn = self.transaction(key)?;
+        if matches!(txn.phase, Phase::Begun) {
+            add(txn);
+            txn.bytes += 64;
+        }
+        if txn.bytes > limit {
+            self.close(format!("its transaction exceeds the limit of {limit} bytes"));
+        }
+        Ok(Outcome::Reply(Value::None))
+    }
+
+    pub(crate) fn storea(&mut self, hub: &Hub, oid: Oid, serial: Tid, data: Bytes, key: &TxnKey) -> Served {
+        count(&hub.stats.stores);
+        self.stage(key, |txn| txn.stage_store(oid, serial, own(data), None))
+    }
+
+    pub(crate) fn check_current(&mut self, oid: Oid, serial: Tid, key: &TxnKey) -> Served {
+        self.stage(key, |txn| txn.staged.ops.push(Op::CheckCurrent { oid, serial }))
+    }
+
+    pub(crate) fn delete_object(&mut self, hub: &Hub, oid: Oid, serial: Tid, key: &TxnKey) -> Served {
+        count(&hub.stats.stores);
+        if !hub.capabilities.delete_object {
+            return Err(fault::of(&StorageError::Unsupported("deleteObject")));
+        }
+        self.stage(key, |txn| txn.staged.ops.push(Op::Delete { oid, serial }))
+    }
+
+    pub(crate) fn restorea(
+        &mut self,
+        hub: &Hub,
+        oid: Oid,
+        serial: Tid,
+        data: Option<Bytes>,
+        prev_txn: Option<Tid>,
+        key: &TxnKey,
+    ) -> Served {
+        count(&hub.stats.stores);
+        if !hub.capabilities.restore {
+            return Err(fault::of(&StorageError::Unsupported("restore")));
+        }
+        self.stage(key, |txn| {
+            txn.bytes += data.as_ref().map_or(0, Bytes::len);
+            txn.staged.ops.push(Op::Restore { oid, serial, data: data.map(own), prev_txn, blob: None });
+        })
+    }
+
+    pub(crate) fn undoa(&mut self, hub: &Hub, trans_id: &[u8], key: &TxnKey) -> Served {
+        if !hub.capabilities.undo {
+            return Err(fault::of(&StorageError::Unsupported("undo")));
+        }
+        let tid = decode_trans_id(trans_id);
+        self.stage(key, |txn| {
+            // An unknown id fails in the vote, as the client waits for that.
+            txn.staged.ops.push(Op::Undo { tid: tid.unwrap_or(Tid::MAX) });
+            txn.stores.clear();
+        })
+    }
+
+    /// A complete blob, uploaded or in the shared directory.
+    pub(crate) fn stage_blob(
+        &mut self,
+        oid: Oid,
+        serial: Tid,
+        data: Bytes,
+        file: TemporaryFile,
+        key: &TxnKey,
+    ) -> Served {
+        self.stage(key, |txn| {
+            txn.stage_store(oid, serial, own(data), Some(file.0.clone()));
+            txn.files.push(file);
+        })
+    }
+
+    pub(crate) fn vote(&mut self, hub: &Arc<Hub>, to: &mut ReplyTo, key: &TxnKey) -> Served {
+        let who = self.who();
+        let vote = self.votes + 1;
+        let mailbox = Arc::clone(&self.mailbox);
+        let txn = self.transaction(key)?;
+        let already = match &txn.phase {
+            Phase::Begun => None,
+            Phase::Waiting { .. } => Some("Already voting (waiting)"),
+            Phase::Voting { .. } | Phase::Voted { .. } => Some("Already voting (locked)"),
+        };
+        if let Some(text) = already {
+            return Err(Fault::storage_transaction(vec![text.into()]));
+        }
+        let set = LockSet::of(&txn.staged, hub.capabilities.concurrent_votes);
+        txn.vote = vote;
+        self.votes = vote;
+        let granted = move || mailbox.post(Event::Continue(Box::new(move |session| session.granted(vote))));
+        let (locks, now) = hub.locks.request(&set, who.into(), granted);
+        let to = to.take();
+        if now {
+            self.start_vote(hub, locks, to);
+        } else if let Some(txn) = &mut self.txn {
+            txn.phase = Phase::Waiting { locks, to };
+            let waiting = hub.locks.waiting();
+            if waiting > 9 {
+                tracing::warn!(storage = %hub.id, client = %self.who(), waiting, "many transactions wait for locks");
+            }
+        }
+        Ok(Outcome::Later)
+    }
+
+    /// The locks that a vote waited for are there.
+    fn granted(&mut self, vote: u64) {
+        let Some(hub) = self.registration.as_ref().map(|registration| Arc::clone(&registration.hub)) else { return };
+        let Some(txn) = self.txn.as_mut().filter(|txn| txn.vote == vote) else { return };
+        match std::mem::replace(&mut txn.phase, Phase::Begun) {
+            Phase::Waiting { locks, to } => self.start_vote(&hub, locks, to),
+            other => txn.phase = other,
+        }
+    }
+
+    /// Votes: here if that is short and needs no conflict resolution, else on a worker thread. The answer comes through
+    /// the mailbox in either case, behind everything that was published before the locks were granted.
+    fn start_vote(&mut self, hub: &Arc<Hub>, locks: LockGuard, to: ReplyTo) {
+        let Some(txn) = &mut self.txn else { return };
+        let vote = txn.vote;
+        txn.phase = Phase::Voting { since: Instant::now() };
+        let asks_client = hub.options.client_conflict_resolution;
+        let mut locks = locks;
+        if txn.is_small() && !hub.capabilities.slow_calls {
+            let resolver: &dyn ConflictResolver = if asks_client { &AskClient } else { &NoResolution };
+            let verdict = judge(hub, txn.staged.clone(), resolver, locks);
+            locks = match verdict {
+                Verdict::Failed(StorageError::Conflict(_), locks) if !asks_client => locks,
+                verdict => {
+                    let hub = Arc::clone(hub);
+                    let then = move |session: &mut Self| session.voted(&hub, vote, to, verdict);
+                    return self.mailbox.post(Event::Continue(Box::new(then)));
+                }
+            };
+        }
+        let staged = if asks_client { txn.staged.clone() } else { std::mem::take(&mut txn.staged) };
+        let (worker_hub, hub) = (Arc::clone(hub), Arc::clone(hub));
+        let work = move || {
+            let resolver: &dyn ConflictResolver = if asks_client { &AskClient } else { &*worker_hub.options.resolver };
+            judge(&worker_hub, staged, resolver, locks)
+        };
+        self.background(work, move |session, verdict| session.voted(&hub, vote, to, verdict));
+    }
+
+    fn voted(&mut self, hub: &Arc<Hub>, vote: u64, to: ReplyTo, verdict: Verdict) {
+        let Some(txn) = self.txn.as_mut().filter(|txn| txn.vote == vote) else {
+            // Aborted meanwhile.
+            dispose(&self.runtime, hub, verdict);
+            return self.answer(to, Err(Fault::storage_transaction(vec![Value::None])));
+        };
+        let served = match verdict {
+            Verdict::Ready(held, resolved) => {
+                let since = txn.since().unwrap_or_else(Instant::now);
+                txn.phase = Phase::Voted { held, since };
+                txn.staged = StagedTxn::default();
+                txn.stores = HashMap::new();
+                Ok(Outcome::Reply(Value::oids(&resolved)))
+            }
+            Verdict::Conflicts(conflicts) => {
+                txn.phase = Phase::Begun;
+                Ok(Outcome::Reply(Value::List(conflicts.iter().map(for_client).collect())))
+            }
+            Verdict::Failed(error, locks) => {
+                if matches!(error, StorageError::Conflict(_) | StorageError::ReadConflict { .. }) {
+                    count(&hub.stats.conflicts);
+                }
+                drop(self.end_transaction(hub));
+                drop(locks);
+                Err(fault::of(&error))
+            }
+        };
+        self.answer(to, served);
+    }
+
+    fn end_transaction(&mut self, hub: &Hub) -> Option<Transaction> {
+        let txn = self.txn.take()?;
+        hub.stats.active_txns.fetch_sub(1, Ordering::Relaxed);
+        Some(txn)
+    }
+
+    pub(crate) fn tpc_finish(&mut self, hub: &Arc<Hub>, to: &mut ReplyTo, key: &TxnKey) -> Served {
+        self.may_write()?;
+        if self.txn.as_ref().is_none_or(|txn| txn.key != *key) {
+            return Ok(Outcome::Reply(Value::None));
+        }
+        if !self.txn.as_ref().is_some_and(|txn| matches!(txn.phase, Phase::Voted { .. })) {
+            return Err(Fault::new("builtins.AssertionError", "finished called wo lock"));
+        }
+        let Some(Transaction { phase: Phase::Voted { held, .. }, files, .. }) = self.end_transaction(hub) else {
+            return Ok(Outcome::Reply(Value::None));
+        };
+        let to = to.take();
+        self.committer_busy += 1;
+        let reply = Box::new(move |session: &mut Self, finished: Result<Tid, StorageError>| {
+            session.committer_busy -= 1;
+            // The engine has moved them into place.
+            drop(files);
+            session.answer(to, finished.map(|tid| Outcome::Reply(tid.into())).map_err(|error| fault::of(&error)));
+        });
+        let listener = self.registration.as_ref().map_or(u64::MAX, |registration| registration.id);
+        hub.committer.submit(FinishJob { held, listener, mailbox: Arc::clone(&self.mailbox), reply });
+        Ok(Outcome::Later)
+    }
+
+    pub(crate) fn tpc_abort(&mut self, hub: &Arc<Hub>, key: &TxnKey) -> Served {
+        self.may_write()?;
+        self.upload = None;
+        if self.txn.as_ref().is_some_and(|txn| txn.key == *key) {
+            count(&hub.stats.aborts);
+            let txn = self.end_transaction(hub);
+            dispose(&self.runtime, hub, txn);
+        }
+        Ok(Outcome::Reply(Value::None))
+    }
+
+    /// The transaction has held its locks for too long.
+    pub(crate) fn time_out(&mut self) {
+        let Some(txn) = &self.txn else { return };
+        let age = txn.since().map_or(Duration::ZERO, |since| since.elapsed());
+        let storage = self.registration.as_ref().map_or("", |registration| &registration.hub.id);
+        tracing::error!(client = %self.peer, label = %self.label, storage, age = ?age, "transaction timeout: aborted, client dropped");
+        self.close(format!("its transaction held locks of storage {storage} for {age:.1?}"));
+    }
+}
+
+/// How a vote ended. Of the two that keep locks, `Ready` does so until finish or abort.
+enum Verdict {
+    Ready(Held, Vec<Oid>),
+    Conflicts(Vec<Conflict>),
+    Failed(StorageError, LockGuard),
+}
+
+fn judge(hub: &Arc<Hub>, staged: StagedTxn, resolver: &dyn ConflictResolver, locks: LockGuard) -> Verdict {
+    match hub.storage.vote(staged, resolver) {
+        Ok(VoteOutcome::Ready(mut voted)) => {
+            let resolved = std::mem::take(&mut voted.resolved);
+            Verdict::Ready(Held::new(Arc::clone(hub), locks, voted), resolved)
+        }
+        Ok(VoteOutcome::Conflicts(conflicts)) => Verdict::Conflicts(conflicts),
+        Err(error) => Verdict::Failed(error, locks),
+    }
+}
+
+/// Drops what may abort a voted transaction, where that cannot hold up this thread for long.
+fn dispose<T: Send + 'static>(runtime: &tokio::runtime::Handle, hub: &Hub, voted: T) {
+    if hub.capabilities.slow_calls {
+        runtime.spawn_blocking(move || drop(voted));
+    }
+}
+
+fn for_client(conflict: &Conflict) -> Value {
+    Value::dict([
+        ("oid", conflict.oid.into()),
+        ("serials", Value::Tuple(vec![conflict.committed.into(), conflict.read.into()])),
+        ("data", conflict.data.clone().into()),
+    ])
+}
+
+/// Client-side conflict resolution: every conflict is sent back.
+struct AskClient;
+
+impl ConflictResolver for AskClient {
+    fn resolve(&self, _: &dyn Storage, _: &Conflict, _: Option<Bytes>) -> Resolution {
+        Resolution::AskClient
+    }
+}
