@@ -43,6 +43,7 @@ impl ServedStorage {
             restore: flag("restore")?,
             blobs: flag("blobs")?,
             concurrent_votes: false,
+            slow_calls: true,
             interfaces: found.get_item("interfaces")?.extract()?,
         };
         Ok(Self { served: served.unbind(), capabilities, closed: AtomicBool::new(false) })

@@ -189,7 +189,9 @@ impl Session {
         let (file, buffer) = match read {
             Ok(read) => read,
             // The client cannot be told in the middle of the file.
-            Err(error) => return self.close(format!("the blob of {oid} at {serial} cannot be read: {error}")),
+            Err(error) => {
+                return self.close(format!("the blob of {oid} at {serial} cannot be read: {error}"));
+            }
         };
         let at_end = buffer.len() < BUFFER;
         self.write_chunks(oid, serial, buffer);

@@ -116,7 +116,8 @@ fn finish(hub: &Arc<Hub>, mut group: Vec<FinishJob>) {
     let mut finished = Vec::with_capacity(jobs.len());
     let mut publish = |committed: &Committed| {
         count(&hub.stats.commits);
-        let Some(FinishJob { held, listener, mailbox, reply }) = jobs.get_mut(committed.index).and_then(Option::take)
+        let Some(FinishJob { held, listener, mailbox, reply }) =
+            jobs.get_mut(committed.index).and_then(Option::take)
         else {
             return;
         };

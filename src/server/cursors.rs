@@ -42,7 +42,9 @@ pub(crate) struct Cursors {
 impl Cursors {
     fn add(&mut self, cursor: Cursor) -> Result<Value, Fault> {
         if self.open.len() >= MAX_CURSORS {
-            return Err(Fault::value_error(format!("more than {MAX_CURSORS} iterators are open; exhaust or collect some")));
+            return Err(Fault::value_error(format!(
+                "more than {MAX_CURSORS} iterators are open; exhaust or collect some"
+            )));
         }
         let iid = self.next;
         self.next += 1;
@@ -89,7 +91,12 @@ impl Cursors {
                 let records = match records {
                     Some(records) => records,
                     // The second reader of one transaction.
-                    None => match storage.iterate(Some(tid), Some(tid)).map_err(failed)?.next_txn().map_err(failed)? {
+                    None => match storage
+                        .iterate(Some(tid), Some(tid))
+                        .map_err(failed)?
+                        .next_txn()
+                        .map_err(failed)?
+                    {
                         Some((_, records)) => records,
                         None => return Err(unknown(txn_iid)),
                     },
@@ -97,7 +104,9 @@ impl Cursors {
                 self.add(Cursor::Records(records))
             }
             CursorCall::RecordNext { iid } => {
-                let Some(Cursor::Records(records)) = self.open.get_mut(&iid) else { return Err(unknown(iid)) };
+                let Some(Cursor::Records(records)) = self.open.get_mut(&iid) else {
+                    return Err(unknown(iid));
+                };
                 let Some(record) = records.next_record().map_err(failed)? else {
                     self.open.remove(&iid);
                     return Ok(Value::None);

@@ -1,8 +1,8 @@
 //! Storage errors as the faults that a client knows, and as what it raises.
 
+use crate::pickle::{self, Value};
 use crate::storage::StorageError;
 use crate::wire::Fault;
-use crate::pickle::{self, Value};
 
 const FILE_STORAGE: &str = "ZODB.FileStorage.FileStorage.";
 
@@ -24,7 +24,9 @@ pub(crate) fn of(error: &StorageError) -> Fault {
         StorageError::Invalid(_) => Fault::new(format!("{FILE_STORAGE}FileStorageError"), text),
         StorageError::Format(_) => Fault::new(format!("{FILE_STORAGE}FileStorageFormatError"), text),
         StorageError::Quota(_) => Fault::new(format!("{FILE_STORAGE}FileStorageQuotaError"), text),
-        StorageError::Corrupted { .. } => Fault::new(format!("{FILE_STORAGE}CorruptedFileStorageError"), text),
+        StorageError::Corrupted { .. } => {
+            Fault::new(format!("{FILE_STORAGE}CorruptedFileStorageError"), text)
+        }
         StorageError::Unsupported(_) => Fault::new("builtins.AttributeError", text),
         StorageError::Io { .. } => Fault::new("builtins.OSError", text),
         StorageError::Foreign { class, text } => Fault::new(class.clone(), text.clone()),

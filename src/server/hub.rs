@@ -6,7 +6,7 @@
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, SystemTime};
 
 use rustc_hash::{FxHashMap, FxHashSet};
@@ -15,7 +15,7 @@ use super::commit::Committer;
 use super::locks::LockTable;
 use super::mailbox::{Event, Mailbox, Publication, StorageInfo};
 use crate::ids::{Oid, Tid};
-use crate::storage::{Capabilities, ConflictResolver, References, Result, Storage};
+use crate::storage::{Capabilities, ConflictResolver, InvalidationSink, References, Result, Storage};
 
 /// Counters of one storage since the server's start.
 #[derive(Debug, Default)]
@@ -50,7 +50,8 @@ impl Registry {
     }
 
     fn append(&mut self, publication: &Publication) {
-        self.last_tid = publication.tid;
+        // Only a copy of another database, which brings its own tids, can go back.
+        self.last_tid = self.last_tid.max(publication.tid);
         while self.queue.len() >= self.queue_size.max(1) {
             self.queue.pop_back();
         }
@@ -76,7 +77,7 @@ pub(crate) struct HubOptions {
     pub(crate) transaction_timeout: Option<Duration>,
     pub(crate) client_conflict_resolution: bool,
     pub(crate) resolver: Arc<dyn ConflictResolver>,
-    pub(crate) references: Arc<dyn References>,
+    pub(crate) references: Option<Arc<dyn References>>,
 }
 
 /// See the module documentation.
@@ -84,6 +85,7 @@ pub(crate) struct Hub {
     pub(crate) id: String,
     pub(crate) storage: Arc<dyn Storage>,
     pub(crate) capabilities: Capabilities,
+    pub(crate) is_read_only: bool,
     pub(crate) locks: Arc<LockTable>,
     pub(crate) committer: Committer,
     pub(crate) stats: Stats,
@@ -112,6 +114,7 @@ impl Hub {
         let (committer, work) = Committer::new();
         let hub = Arc::new(Self {
             capabilities: storage.capabilities(),
+            is_read_only: storage.is_read_only(),
             id,
             storage,
             locks: Arc::default(),
@@ -123,6 +126,7 @@ impl Hub {
             next_listener: AtomicUsize::new(0),
         });
         work.start(Arc::clone(&hub))?;
+        hub.storage.subscribe(Arc::new(Below(Arc::downgrade(&hub))));
         Ok(hub)
     }
 
@@ -147,7 +151,12 @@ impl Hub {
     }
 
     /// Announces a committed transaction to everybody; the committing connection gets `own` in its place.
-    pub(crate) fn publish(&self, tid: Tid, oids: Arc<[Oid]>, own: Option<(u64, Box<dyn FnOnce(Arc<Publication>) + Send>)>) {
+    pub(crate) fn publish(
+        &self,
+        tid: Tid,
+        oids: Arc<[Oid]>,
+        own: Option<(u64, Box<dyn FnOnce(Arc<Publication>) + Send>)>,
+    ) {
         let publication = Arc::new(Publication::new(tid, oids));
         let mut registry = self.registry();
         registry.append(&publication);
@@ -173,14 +182,16 @@ impl Hub {
     }
 
     /// The storage says that anything may have changed: the queue starts anew, and every client has to verify.
-    pub(crate) fn invalidate_all(&self, reason: &str) {
+    pub(crate) fn invalidate_all(&self) {
         let last_tid = self.storage.last_tid();
         let mut registry = self.registry();
         registry.last_tid = last_tid;
         registry.queue.clear();
         registry.queue.push_back((last_tid, Arc::new([])));
         for mailbox in registry.listeners.values() {
-            mailbox.post(Event::Close(reason.to_owned()));
+            mailbox.post(Event::Close(
+                "the storage was exchanged below; clients have to verify their caches".into(),
+            ));
         }
     }
 }
@@ -194,5 +205,22 @@ pub(crate) struct Registration {
 impl Drop for Registration {
     fn drop(&mut self) {
         self.hub.registry().listeners.remove(&self.id);
+    }
+}
+
+/// Commits below the storage, on their way to the clients. (Weak: the storage keeps it, and the hub the storage.)
+struct Below(Weak<Hub>);
+
+impl InvalidationSink for Below {
+    fn invalidate(&self, tid: Tid, oids: Vec<Oid>) {
+        if let Some(hub) = self.0.upgrade() {
+            hub.publish(tid, oids.into(), None);
+        }
+    }
+
+    fn invalidate_all(&self) {
+        if let Some(hub) = self.0.upgrade() {
+            hub.invalidate_all();
+        }
     }
 }

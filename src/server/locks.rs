@@ -236,7 +236,12 @@ impl LockTable {
 
     /// When the longest-held lock was granted.
     pub(crate) fn held_since(&self) -> Option<Instant> {
-        self.lock().requests.values().filter(|request| request.blocked == 0).map(|request| request.since).min()
+        self.lock()
+            .requests
+            .values()
+            .filter(|request| request.blocked == 0)
+            .map(|request| request.since)
+            .min()
     }
 
     /// Everybody, in order of arrival.
@@ -395,9 +400,9 @@ mod tests {
 
     fn conflict(a: &LockSet, b: &LockSet) -> bool {
         match (a, b) {
-            (LockSet::Objects(a), LockSet::Objects(b)) => {
-                a.iter().any(|(oid, exclusive)| b.iter().any(|(other, also)| oid == other && (*exclusive || *also)))
-            }
+            (LockSet::Objects(a), LockSet::Objects(b)) => a
+                .iter()
+                .any(|(oid, exclusive)| b.iter().any(|(other, also)| oid == other && (*exclusive || *also))),
             _ => true,
         }
     }

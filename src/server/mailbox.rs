@@ -122,7 +122,8 @@ impl Mailbox {
             } else {
                 state.unread += weight;
                 if state.unread > self.limit {
-                    let reason = format!("it does not read its invalidations ({} bytes wait for it)", state.unread);
+                    let reason =
+                        format!("it does not read its invalidations ({} bytes wait for it)", state.unread);
                     let unread = std::mem::take(&mut state.events);
                     state.events.push_back(Event::Close(reason));
                     state.closed = true;

@@ -1,5 +1,118 @@
 //! The server: sessions, commit, invalidation.
+//!
+//! | module | what it is |
+//! | --- | --- |
+//! | [`listener`] | addresses bound, connections accepted and counted |
+//! | `connection` | one task a connection: socket, buffers, when to do what |
+//! | `session` | one client: its view, its calls (`reads`, `transaction`, `undo`, `cursors`, `blobs`) |
+//! | `mailbox` | what the rest of the server has to say to one connection, in order |
+//! | `hub` | one storage: who listens, what was published |
+//! | `locks`, `commit` | which transaction holds which objects; the thread that finishes |
+//! | `status`, `fault` | numbers for monitors; errors for clients |
+//!
+//! The rules of ordering and what they exclude: `docs/ordering.md`.
 
+mod blobs;
+mod commit;
+mod connection;
+mod cursors;
+mod fault;
+mod hub;
+pub mod listener;
 mod locks;
+mod mailbox;
+mod reads;
+mod session;
+mod status;
+mod transaction;
+mod undo;
 
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use crate::limits;
+use crate::net::Address;
+use crate::storage::{ConflictResolver, NoResolution, References};
+use hub::Hub;
+pub use listener::{Server, ServerError, ServerHandle};
 pub use locks::LockHolder;
+
+/// How to serve. The defaults are ZEO's, except for limits that ZEO does not have.
+pub struct ServerConfig {
+    pub addresses: Vec<Address>,
+    /// Announce `M5` rather than `Z5`; the client decides in either case.
+    pub msgpack: bool,
+    /// No client may write (packing is allowed).
+    pub read_only: bool,
+    /// Transactions kept for clients that were away: `n` of them bridge `n - 1` missed ones.
+    pub invalidation_queue_size: usize,
+    /// Beyond the queue, invalidations are collected from the storage for clients that were away no longer than this.
+    pub invalidation_age: Option<Duration>,
+    /// How long a transaction may hold its locks. (ZEO has no limit unless one is set.)
+    pub transaction_timeout: Option<Duration>,
+    /// Send conflicts to the client to be resolved there.
+    pub client_conflict_resolution: bool,
+    /// Resolves conflicts here, if clients do not.
+    pub resolver: Arc<dyn ConflictResolver>,
+    /// Finds the references in a record; without it nothing can be packed.
+    pub references: Option<Arc<dyn References>>,
+    /// Largest message accepted.
+    pub max_frame: usize,
+    /// Connections beyond this number are closed at once.
+    pub max_connections: usize,
+    /// Bytes of invalidations that a client may leave unread before it is dropped.
+    pub max_unread: usize,
+    /// Bytes of one transaction before its vote.
+    pub max_staged: usize,
+    /// How long an accepted connection may say nothing.
+    pub handshake_timeout: Duration,
+    /// How long a stopping server waits for clients that have voted to finish.
+    pub shutdown_grace: Duration,
+    /// Threads of the event loop; `None`: one a core, at least two.
+    pub workers: Option<usize>,
+}
+
+impl Default for ServerConfig {
+    fn default() -> Self {
+        Self {
+            addresses: Vec::new(),
+            msgpack: false,
+            read_only: false,
+            invalidation_queue_size: 100,
+            invalidation_age: None,
+            transaction_timeout: Some(Duration::from_secs(30)),
+            client_conflict_resolution: false,
+            resolver: Arc::new(NoResolution),
+            references: None,
+            max_frame: limits::MAX_FRAME,
+            max_connections: 10_000,
+            max_unread: 16 << 20,
+            max_staged: 4 << 30,
+            handshake_timeout: Duration::from_secs(60),
+            shutdown_grace: Duration::from_secs(5),
+            workers: None,
+        }
+    }
+}
+
+impl fmt::Debug for ServerConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ServerConfig").field("addresses", &self.addresses).finish_non_exhaustive()
+    }
+}
+
+/// What all connections of a server share.
+pub(crate) struct Shared {
+    pub(crate) config: ServerConfig,
+    pub(crate) hubs: Vec<Arc<Hub>>,
+    stopping: AtomicBool,
+}
+
+impl Shared {
+    /// Long work should give up.
+    pub(crate) fn is_stopping(&self) -> bool {
+        self.stopping.load(Ordering::Relaxed)
+    }
+}

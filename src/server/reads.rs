@@ -65,10 +65,17 @@ impl Session {
     }
 
     /// As [`Self::loaded`], but `view` has moved on: what was current then may have ended since.
-    fn loaded_slowly(&mut self, to: &mut ReplyTo, oid: Oid, view: Tid, loaded: Result<Option<Loaded>>) -> Served {
+    fn loaded_slowly(
+        &mut self,
+        to: &mut ReplyTo,
+        oid: Oid,
+        view: Tid,
+        loaded: Result<Option<Loaded>>,
+    ) -> Served {
         let Ok(Some(loaded)) = loaded else { return self.loaded(to, view, loaded) };
         let known = loaded.end_tid.filter(|end| *end <= view);
-        let ended = || self.published_meanwhile.iter().find(|later| later.tid > view && later.oids.contains(&oid));
+        let ended =
+            || self.published_meanwhile.iter().find(|later| later.tid > view && later.oids.contains(&oid));
         let end_tid = known.or_else(|| Some(ended()?.tid));
         self.loaded(to, self.view, Ok(Some(Loaded { end_tid, ..loaded })))
     }
@@ -166,6 +173,9 @@ impl Session {
 
     /// Packs on a worker thread. Everybody is told the new size; whoever waits gets the reply after that.
     pub(crate) fn pack(&mut self, hub: &Arc<Hub>, to: &mut ReplyTo, time: f64, wait: bool) -> Served {
+        let Some(references) = hub.options.references.clone() else {
+            return Err(fault::of(&StorageError::Unsupported("pack")));
+        };
         let waits = wait && !to.is_async;
         let worker_hub = Arc::clone(hub);
         let server = Arc::clone(&self.server);
@@ -177,7 +187,7 @@ impl Session {
             let options = PackOptions {
                 time,
                 gc: None,
-                references: &*hub.options.references,
+                references: &*references,
                 progress: &mut |_| !server.is_stopping(),
                 throttle: None,
             };

@@ -187,7 +187,7 @@ impl Session {
     }
 
     fn advance(&mut self, publication: Arc<Publication>) {
-        self.view = publication.tid;
+        self.view = self.view.max(publication.tid);
         if self.slow_loads > 0 {
             self.published_meanwhile.push(publication);
         }
@@ -267,9 +267,13 @@ impl Session {
             Call::TpcAbort { txn } => self.tpc_abort(hub, &txn),
             Call::SendBlob { oid, serial } => self.send_blob(hub, to, oid, serial),
             Call::Pack { time, wait } => self.pack(hub, to, time, wait),
-            Call::UndoInfo { first, last, specification } => self.undo_info(hub, to, first, last, specification),
+            Call::UndoInfo { first, last, specification } => {
+                self.undo_info(hub, to, first, last, specification)
+            }
             Call::UndoLog { first, last } => self.undo_info(hub, to, first, last, Value::None),
-            Call::IteratorStart { start, stop } => self.cursor_call(hub, to, CursorCall::Start { start, stop }),
+            Call::IteratorStart { start, stop } => {
+                self.cursor_call(hub, to, CursorCall::Start { start, stop })
+            }
             Call::IteratorNext { iid } => self.cursor_call(hub, to, CursorCall::Next { iid }),
             Call::IteratorRecordStart { txn_iid, tid } => {
                 self.cursor_call(hub, to, CursorCall::RecordStart { txn_iid, tid })
@@ -290,7 +294,7 @@ impl Session {
         let Some(hub) = self.server.hubs.iter().find(|hub| hub.id == storage) else {
             return Err(Fault::value_error(format!("unknown storage: {storage}")));
         };
-        let only_reads = self.server.config.read_only || hub.storage.is_read_only();
+        let only_reads = self.server.config.read_only || hub.is_read_only;
         if only_reads && !read_only {
             return Err(fault::of(&StorageError::ReadOnly));
         }

@@ -54,7 +54,10 @@ fn to_json(value: &Value) -> serde_json::Value {
         Value::Str(text) => text.as_str().into(),
         Value::List(items) | Value::Tuple(items) => items.iter().map(to_json).collect(),
         Value::Dict(pairs) => serde_json::Value::Object(
-            pairs.iter().map(|(key, value)| (key.as_str().unwrap_or_default().to_owned(), to_json(value))).collect(),
+            pairs
+                .iter()
+                .map(|(key, value)| (key.as_str().unwrap_or_default().to_owned(), to_json(value)))
+                .collect(),
         ),
         _ => serde_json::Value::Null,
     }
@@ -67,7 +70,8 @@ fn unix_now() -> f64 {
 /// C's `ctime`, in UTC: `Sun Nov 22 15:46:52 2026`.
 fn ctime(time: SystemTime) -> String {
     const DAYS: [&str; 7] = ["Thu", "Fri", "Sat", "Sun", "Mon", "Tue", "Wed"];
-    const MONTHS: [&str; 12] = ["Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"];
+    const MONTHS: [&str; 12] =
+        ["Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"];
     let seconds = time.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
     let (days, in_day) = (seconds / 86_400, seconds % 86_400);
     let (year, month, day) = crate::ids::civil_from_days(days as i64);

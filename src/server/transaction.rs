@@ -27,7 +27,8 @@ use super::undo::decode_trans_id;
 use crate::ids::{Oid, Tid};
 use crate::pickle::{Value, encode_extension};
 use crate::storage::{
-    Conflict, ConflictResolver, NoResolution, Op, Resolution, StagedTxn, Storage, StorageError, TxnMeta, VoteOutcome,
+    Conflict, ConflictResolver, NoResolution, Op, Resolution, StagedTxn, Storage, StorageError, TxnMeta,
+    VoteOutcome,
 };
 use crate::wire::{Fault, TxnKey};
 
@@ -152,13 +153,11 @@ impl Session {
     /// The open transaction, if it is the one meant.
     fn transaction(&mut self, key: &TxnKey) -> Result<&mut Transaction, Fault> {
         self.may_write()?;
-        match &mut self.txn {
-            Some(txn) if txn.key == *key => Ok(txn),
-            other => {
-                let open = other.as_ref().map_or(Value::None, |txn| txn.key.clone());
-                Err(Fault::storage_transaction(vec![open, key.clone()]))
-            }
-        }
+        let open = self.txn.as_ref().map_or(Value::None, |txn| txn.key.clone());
+        self.txn
+            .as_mut()
+            .filter(|txn| txn.key == *key)
+            .ok_or_else(|| Fault::storage_transaction(vec![open, key.clone()]))
     }
 
     /// Checks the transaction, then stages what `add` adds. After the vote nothing more is taken in (silently, as ZEO).
@@ -271,7 +270,9 @@ impl Session {
 
     /// The locks that a vote waited for are there.
     fn granted(&mut self, vote: u64) {
-        let Some(hub) = self.registration.as_ref().map(|registration| Arc::clone(&registration.hub)) else { return };
+        let Some(hub) = self.registration.as_ref().map(|registration| Arc::clone(&registration.hub)) else {
+            return;
+        };
         let Some(txn) = self.txn.as_mut().filter(|txn| txn.vote == vote) else { return };
         match std::mem::replace(&mut txn.phase, Phase::Begun) {
             Phase::Waiting { locks, to } => self.start_vote(&hub, locks, to),
@@ -302,7 +303,8 @@ impl Session {
         let staged = if asks_client { txn.staged.clone() } else { std::mem::take(&mut txn.staged) };
         let (worker_hub, hub) = (Arc::clone(hub), Arc::clone(hub));
         let work = move || {
-            let resolver: &dyn ConflictResolver = if asks_client { &AskClient } else { &*worker_hub.options.resolver };
+            let resolver: &dyn ConflictResolver =
+                if asks_client { &AskClient } else { &*worker_hub.options.resolver };
             judge(&worker_hub, staged, resolver, locks)
         };
         self.background(work, move |session, verdict| session.voted(&hub, vote, to, verdict));
@@ -352,7 +354,8 @@ impl Session {
         if !self.txn.as_ref().is_some_and(|txn| matches!(txn.phase, Phase::Voted { .. })) {
             return Err(Fault::new("builtins.AssertionError", "finished called wo lock"));
         }
-        let Some(Transaction { phase: Phase::Voted { held, .. }, files, .. }) = self.end_transaction(hub) else {
+        let Some(Transaction { phase: Phase::Voted { held, .. }, files, .. }) = self.end_transaction(hub)
+        else {
             return Ok(Outcome::Reply(Value::None));
         };
         let to = to.take();
@@ -361,7 +364,10 @@ impl Session {
             session.committer_busy -= 1;
             // The engine has moved them into place.
             drop(files);
-            session.answer(to, finished.map(|tid| Outcome::Reply(tid.into())).map_err(|error| fault::of(&error)));
+            session.answer(
+                to,
+                finished.map(|tid| Outcome::Reply(tid.into())).map_err(|error| fault::of(&error)),
+            );
         });
         let listener = self.registration.as_ref().map_or(u64::MAX, |registration| registration.id);
         hub.committer.submit(FinishJob { held, listener, mailbox: Arc::clone(&self.mailbox), reply });

@@ -69,7 +69,8 @@ pub(crate) fn with_extension<'k>(
 fn admits(specification: &Value, entry: &UndoEntry) -> bool {
     let Some(wanted) = specification.as_dict() else { return true };
     let described = describe(entry);
-    let found = |key: &Value| described.as_dict()?.iter().find(|(other, _)| other == key).map(|(_, value)| value);
+    let found =
+        |key: &Value| described.as_dict()?.iter().find(|(other, _)| other == key).map(|(_, value)| value);
     wanted.iter().all(|(key, value)| {
         found(key).is_some_and(|found| match prefix_path(value) {
             Some(path) => has_prefix(found, &path),
@@ -81,8 +82,7 @@ fn admits(specification: &Value, entry: &UndoEntry) -> bool {
 /// The segments of a `ZopeUndo.Prefix.Prefix`.
 fn prefix_path(value: &Value) -> Option<Vec<&str>> {
     let Value::Call { callable, state: Some(state), .. } = value else { return None };
-    let is_prefix =
-        matches!(&**callable, Value::Global { module, name } if module == "ZopeUndo.Prefix" && name == "Prefix");
+    let is_prefix = matches!(&**callable, Value::Global { module, name } if module == "ZopeUndo.Prefix" && name == "Prefix");
     if !is_prefix {
         return None;
     }
@@ -138,7 +138,9 @@ mod tests {
         assert_eq!(decode_trans_id(b"BA0wkuC2yGY=\n"), Some(Tid(0x040d_3092_e0b6_c866)));
         assert_eq!(&encode_trans_id(Tid(u64::MAX)), b"//////////8=");
         assert_eq!(decode_trans_id(b"//////////8="), Some(Tid(u64::MAX)));
-        for wrong in [&b""[..], b"=", b"BA0wkuC2yG=", b"BA0wkuC2yGY", b"BA0wkuC2yG*=", b"BA0wkuC2yGYBA0wkuC2yGY="] {
+        for wrong in
+            [&b""[..], b"=", b"BA0wkuC2yG=", b"BA0wkuC2yGY", b"BA0wkuC2yG*=", b"BA0wkuC2yGYBA0wkuC2yGY="]
+        {
             assert_eq!(decode_trans_id(wrong), None);
         }
     }

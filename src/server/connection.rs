@@ -1,0 +1,272 @@
+//! One task for each connection: owns the socket, one read buffer and one ordered output buffer.
+//!
+//! ```text
+//! wait for one of: bytes, room to write, mailbox, deadline, blob buffer, shutdown
+//!   └► write what was posted ─► serve each complete request ─► write what that posted ─► send
+//! ```
+//! Cost of a cached `loadBefore` that comes alone: one `read` (which also clears the readiness, as it is not filled), the
+//! engine's `pread`, one `write`; requests that come together share the `read` and the `write`.
+
+use std::future::{Future, poll_fn};
+use std::io;
+use std::pin::{Pin, pin};
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
+
+use bytes::{Buf, BytesMut};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
+use tokio::net::{TcpStream, UnixStream};
+use tokio::sync::watch;
+use tokio::time::{sleep_until, timeout};
+
+use super::Shared;
+use super::blobs::BlobStream;
+use super::session::{HIGH_WATER, Session};
+use super::status;
+use crate::wire::{ClientHello, Encoding, FrameReader, decode_request, put_frame};
+
+/// A read buffer is this large, unless a larger frame has begun; that of an idle connection is given back.
+const READ: usize = 16 << 10;
+/// An output buffer larger than this is given back once it is sent.
+const KEEP: usize = 256 << 10;
+
+/// Either kind of socket.
+pub(crate) enum Socket {
+    Tcp(TcpStream),
+    Unix(UnixStream),
+}
+
+impl AsyncRead for Socket {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Self::Tcp(stream) => Pin::new(stream).poll_read(cx, buf),
+            Self::Unix(stream) => Pin::new(stream).poll_read(cx, buf),
+        }
+    }
+}
+
+impl AsyncWrite for Socket {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        match self.get_mut() {
+            Self::Tcp(stream) => Pin::new(stream).poll_write(cx, buf),
+            Self::Unix(stream) => Pin::new(stream).poll_write(cx, buf),
+        }
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Self::Tcp(stream) => Pin::new(stream).poll_shutdown(cx),
+            Self::Unix(stream) => Pin::new(stream).poll_shutdown(cx),
+        }
+    }
+}
+
+/// Serves one connection until it ends. Every end is logged once, with its reason.
+pub(crate) async fn serve<S>(
+    server: Arc<Shared>,
+    mut socket: S,
+    peer: String,
+    mut stop: watch::Receiver<bool>,
+) where
+    S: AsyncRead + AsyncWrite + Unpin + Send,
+{
+    let mut received = BytesMut::new();
+    let mut frames = FrameReader::new(server.config.max_frame);
+    let hello = timeout(
+        server.config.handshake_timeout,
+        shake_hands(&server, &mut socket, &mut frames, &mut received),
+    );
+    let hello = tokio::select! {
+        hello = hello => hello.unwrap_or_else(|_| Err("it said nothing".into())),
+        _ = stop.wait_for(|stop| *stop) => return,
+    };
+    let encoding = match hello {
+        Ok(Some(encoding)) => encoding,
+        Ok(None) => return tracing::debug!(client = %peer, "connection without a client closed"),
+        Err(reason) => return tracing::info!(client = %peer, reason, "handshake failed, connection closed"),
+    };
+    let runtime = tokio::runtime::Handle::current();
+    let mut connection = Connection {
+        session: Session::new(Arc::clone(&server), runtime, peer, encoding),
+        socket,
+        frames,
+        received,
+    };
+    let reason = connection.run(stop).await;
+    let Connection { session, .. } = connection;
+    let client = session.who();
+    match reason {
+        End::Peer => tracing::info!(client, "client disconnected"),
+        End::Server(reason) => tracing::warn!(client, reason, "connection closed"),
+        End::Stop => tracing::debug!(client, "connection closed, the server stops"),
+    }
+    session.end();
+}
+
+/// Announces the protocol and understands the client's answer; `None` if there is nothing to serve.
+async fn shake_hands<S>(
+    server: &Shared,
+    socket: &mut S,
+    frames: &mut FrameReader,
+    received: &mut BytesMut,
+) -> Result<Option<Encoding>, String>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    let announced = if server.config.msgpack { Encoding::Msgpack } else { Encoding::Pickle };
+    let mut out = BytesMut::new();
+    put_frame(&mut out, announced.protocol()).map_err(|error| error.to_string())?;
+    if socket.write_all(&out).await.is_err() {
+        return Ok(None);
+    }
+    let frame = loop {
+        if let Some(frame) = frames.next_frame(received).map_err(|error| error.to_string())? {
+            break frame;
+        }
+        received.reserve(256);
+        if matches!(socket.read_buf(received).await, Ok(0) | Err(_)) {
+            return Ok(None);
+        }
+    };
+    match ClientHello::parse(&frame).map_err(|error| error.to_string())? {
+        ClientHello::Speak(encoding) => Ok(Some(encoding)),
+        ClientHello::Ruok => {
+            // In one piece: monitors read the answer with one `recv`.
+            let mut out = BytesMut::new();
+            let json = status::json(&server.hubs);
+            put_frame(&mut out, json.as_bytes()).map_err(|error| error.to_string())?;
+            if socket.write_all(&out).await.is_ok() {
+                let _ = socket.shutdown().await;
+            }
+            Ok(None)
+        }
+    }
+}
+
+enum End {
+    /// The peer closed, or the network did.
+    Peer,
+    Server(String),
+    Stop,
+}
+
+struct Connection<S> {
+    session: Session,
+    socket: S,
+    frames: FrameReader,
+    received: BytesMut,
+}
+
+impl<S: AsyncRead + AsyncWrite + Unpin + Send> Connection<S> {
+    async fn run(&mut self, mut stop: watch::Receiver<bool>) -> End {
+        let mailbox = Arc::clone(&self.session.mailbox);
+        let mut stop_at = None;
+        loop {
+            self.session.listen();
+            self.serve_received();
+            self.session.listen();
+            if let Some(reason) = self.session.closing() {
+                let reason = reason.to_owned();
+                // What was answered before should still arrive, if the peer reads.
+                let _ = timeout(Duration::from_millis(100), self.socket.write_all(&self.session.out)).await;
+                return End::Server(reason);
+            }
+            if stop_at.is_none() && *stop.borrow() {
+                stop_at = Some(Instant::now() + self.session.server.config.shutdown_grace);
+            }
+            if stop_at.is_some() && !self.session.is_committing() && self.session.out.is_empty() {
+                return End::Stop;
+            }
+            let deadline = self.session.deadline();
+            let may_serve = self.session.may_serve();
+            if may_serve {
+                self.received.reserve(self.frames.room_wanted(&self.received).max(READ));
+            }
+            let Self { session, socket, received, .. } = self;
+            tokio::select! {
+                biased;
+                () = mailbox.filled(), if session.may_listen() => {}
+                () = sleep_until(deadline.unwrap_or_else(Instant::now).into()), if deadline.is_some() => {
+                    session.time_out();
+                }
+                () = sleep_until(stop_at.unwrap_or_else(Instant::now).into()), if stop_at.is_some() => return End::Stop,
+                _ = stop.changed(), if stop_at.is_none() => {}
+                done = transfer(socket, &mut session.out, received, &mut session.stream, may_serve) => match done {
+                    Transfer::Moved => {}
+                    Transfer::Ended => return End::Peer,
+                    Transfer::Read(buffer) => session.stream_on(buffer),
+                }
+            }
+        }
+    }
+
+    /// Serves what has been received whole, as far as the session allows.
+    fn serve_received(&mut self) {
+        while self.session.may_serve() {
+            let request = match self.frames.next_frame(&mut self.received) {
+                Ok(None) => return,
+                Ok(Some(frame)) => decode_request(self.session.encoding, &frame),
+                Err(error) => Err(error),
+            };
+            match request {
+                Ok(request) => self.session.serve(request),
+                Err(error) => self.session.close(error.to_string()),
+            }
+        }
+    }
+}
+
+enum Transfer {
+    /// Bytes were sent or received.
+    Moved,
+    /// The peer is gone.
+    Ended,
+    /// The next piece of a blob is in memory.
+    Read(std::io::Result<(std::fs::File, Vec<u8>)>),
+}
+
+/// Sends some of `out`, or receives, or waits for the next piece of a blob, whichever can be done first.
+async fn transfer<S: AsyncRead + AsyncWrite + Unpin>(
+    socket: &mut S,
+    out: &mut BytesMut,
+    received: &mut BytesMut,
+    stream: &mut Option<BlobStream>,
+    may_receive: bool,
+) -> Transfer {
+    poll_fn(|cx| {
+        if !out.is_empty()
+            && let Poll::Ready(sent) = Pin::new(&mut *socket).poll_write(cx, out)
+        {
+            return Poll::Ready(match sent {
+                Ok(0) | Err(_) => Transfer::Ended,
+                Ok(sent) => {
+                    out.advance(sent);
+                    if out.is_empty() && out.capacity() > KEEP {
+                        *out = BytesMut::new();
+                    }
+                    Transfer::Moved
+                }
+            });
+        }
+        if out.len() < HIGH_WATER
+            && let Some(stream) = stream
+            && let Poll::Ready(read) = Pin::new(&mut stream.read).poll(cx)
+        {
+            return Poll::Ready(Transfer::Read(read.unwrap_or_else(|error| Err(error.into()))));
+        }
+        if may_receive && let Poll::Ready(read) = pin!(socket.read_buf(received)).poll(cx) {
+            return Poll::Ready(if matches!(read, Ok(0) | Err(_)) {
+                Transfer::Ended
+            } else {
+                Transfer::Moved
+            });
+        }
+        Poll::Pending
+    })
+    .await
+}
