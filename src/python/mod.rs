@@ -9,6 +9,7 @@ mod file_storage;
 mod logging;
 mod records;
 mod served_storage;
+mod server;
 mod values;
 
 use pyo3::prelude::*;
@@ -19,5 +20,6 @@ fn _zeo(m: &Bound<'_, PyModule>) -> PyResult<()> {
     logging::register(m)?;
     client_storage::register(m)?;
     file_storage::register(m)?;
+    server::register(m)?;
     Ok(())
 }
