@@ -96,8 +96,9 @@ impl<'a> Machine<'a> {
             src,
             scan: Scanner::new(src),
             globals,
-            nodes: Vec::new(),
-            stack: Vec::new(),
+            // Room for a small message without growing.
+            nodes: Vec::with_capacity(src.len().min(16)),
+            stack: Vec::with_capacity(8),
             marks: Vec::new(),
             memo: FxHashMap::default(),
             at: 0,

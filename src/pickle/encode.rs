@@ -18,7 +18,7 @@ const BATCH: usize = 1000;
 /// Nesting beyond [`MAX_DEPTH`], or a length beyond 32 bits. `out` then holds a part of the pickle.
 pub fn encode(value: &Value, out: &mut BytesMut) -> Result<(), PickleError> {
     out.put_slice(&[op::PROTO, 3]);
-    Writer::without_memo(out).value(value)?;
+    Writer::without_memo(out).value(value, 0)?;
     out.put_u8(op::STOP);
     Ok(())
 }
@@ -29,7 +29,7 @@ pub fn encode(value: &Value, out: &mut BytesMut) -> Result<(), PickleError> {
 /// As [`encode()`].
 pub fn encode_with_memo(value: &Value, out: &mut BytesMut) -> Result<(), PickleError> {
     out.put_slice(&[op::PROTO, 3]);
-    Writer { out, memo: Some(Memo::default()) }.value(value)?;
+    Writer { out, memo: Some(Memo::default()) }.value(value, 0)?;
     out.put_u8(op::STOP);
     Ok(())
 }
@@ -193,12 +193,8 @@ impl<'a> Writer<'a> {
         Ok(())
     }
 
-    /// Any value, classes and calls as such.
-    pub(crate) fn value(&mut self, value: &Value) -> Result<(), PickleError> {
-        self.nested(value, 0)
-    }
-
-    fn nested(&mut self, value: &Value, depth: usize) -> Result<(), PickleError> {
+    /// Any value, classes and calls as such, at this depth of nesting.
+    pub(crate) fn value(&mut self, value: &Value, depth: usize) -> Result<(), PickleError> {
         if depth > MAX_DEPTH {
             return Err(PickleError::TooDeep);
         }
@@ -222,17 +218,17 @@ impl<'a> Writer<'a> {
             Value::Tuple(items) => {
                 self.open_tuple(items.len());
                 for item in items {
-                    self.nested(item, depth + 1)?;
+                    self.value(item, depth + 1)?;
                 }
                 self.close_tuple(items.len());
                 if !items.is_empty() {
                     self.put();
                 }
             }
-            Value::List(items) => self.list(items, |writer, item| writer.nested(item, depth + 1))?,
+            Value::List(items) => self.list(items, |writer, item| writer.value(item, depth + 1))?,
             Value::Dict(pairs) => self.dict(pairs, |writer, (key, value)| {
-                writer.nested(key, depth + 1)?;
-                writer.nested(value, depth + 1)
+                writer.value(key, depth + 1)?;
+                writer.value(value, depth + 1)
             })?,
             Value::Global { module, name } => {
                 // A line break cannot be part of a name here: it would change what follows.
@@ -247,12 +243,12 @@ impl<'a> Writer<'a> {
                 self.put_singleton(value, true);
             }
             Value::Call { callable, args, state } => {
-                self.nested(callable, depth + 1)?;
-                self.nested(args, depth + 1)?;
+                self.value(callable, depth + 1)?;
+                self.value(args, depth + 1)?;
                 self.out.put_u8(call_opcode(callable, args));
                 self.put();
                 if let Some(state) = state {
-                    self.nested(state, depth + 1)?;
+                    self.value(state, depth + 1)?;
                     self.out.put_u8(op::BUILD);
                 }
             }

@@ -126,15 +126,22 @@ impl<'a> Emitter<'a> {
         match self.encoding {
             Encoding::Pickle => {
                 self.pickle().open_tuple(count);
-                write(self)?;
+                self.deeper(write)?;
                 self.pickle().close_tuple(count);
             }
             Encoding::Msgpack => {
                 self.array(count)?;
-                write(self)?;
+                self.deeper(write)?;
             }
         }
         Ok(())
+    }
+
+    fn deeper(&mut self, write: impl FnOnce(&mut Self) -> Emitted) -> Emitted {
+        self.depth += 1;
+        let written = write(self);
+        self.depth -= 1;
+        written
     }
 
     fn array(&mut self, count: usize) -> Emitted {
@@ -151,7 +158,7 @@ impl<'a> Emitter<'a> {
     ) -> Emitted {
         match self.encoding {
             Encoding::Pickle => {
-                let (foreign, depth) = (self.foreign, self.depth);
+                let (foreign, depth) = (self.foreign, self.depth + 1);
                 self.pickle().list(items, |writer, item| {
                     let mut item_emitter =
                         Emitter { encoding: Encoding::Pickle, foreign, out: writer.out(), depth };
@@ -160,7 +167,7 @@ impl<'a> Emitter<'a> {
             }
             Encoding::Msgpack => {
                 self.array(items.len())?;
-                items.iter().try_for_each(|item| write(self, item))
+                self.deeper(|emitter| items.iter().try_for_each(|item| write(emitter, item)))
             }
         }
     }
@@ -168,7 +175,7 @@ impl<'a> Emitter<'a> {
     fn dict(&mut self, pairs: &[(Value, Value)]) -> Emitted {
         match self.encoding {
             Encoding::Pickle => {
-                let (foreign, depth) = (self.foreign, self.depth);
+                let (foreign, depth) = (self.foreign, self.depth + 1);
                 self.pickle().dict(pairs, |writer, (key, value)| {
                     let mut emitter =
                         Emitter { encoding: Encoding::Pickle, foreign, out: writer.out(), depth };
@@ -179,9 +186,11 @@ impl<'a> Emitter<'a> {
             Encoding::Msgpack => {
                 let count = msgpack_length(pairs.len())?;
                 rmp::encode::write_map_len(&mut self.msgpack(), count).map_err(unwritable)?;
-                pairs.iter().try_for_each(|(key, value)| {
-                    self.msgpack_key(key)?;
-                    self.value(value)
+                self.deeper(|emitter| {
+                    pairs.iter().try_for_each(|(key, value)| {
+                        emitter.msgpack_key(key)?;
+                        emitter.value(value)
+                    })
                 })
             }
         }
@@ -205,8 +214,7 @@ impl<'a> Emitter<'a> {
         if self.depth > MAX_DEPTH {
             return Err(PickleError::TooDeep).map_err(unencodable);
         }
-        self.depth += 1;
-        let written = match value {
+        match value {
             Value::None => self.none(),
             Value::Bool(flag) => self.bool(*flag),
             Value::Int(number) => self.int(*number),
@@ -220,14 +228,12 @@ impl<'a> Emitter<'a> {
             Value::List(items) => self.list(items, |emitter, item| emitter.value(item)),
             Value::Dict(pairs) => self.dict(pairs),
             Value::Global { .. } | Value::Call { .. } => self.object(value),
-        };
-        self.depth -= 1;
-        written
+        }
     }
 
     fn big_int(&mut self, value: &Value) -> Emitted {
         match (self.encoding, value.as_u64()) {
-            (Encoding::Pickle, _) => self.pickle().value(value).map_err(unencodable),
+            (Encoding::Pickle, _) => self.pickled(value).map_err(unencodable),
             (Encoding::Msgpack, Some(number)) => {
                 rmp::encode::write_uint(&mut self.msgpack(), number).map_err(unwritable)?;
                 Ok(())
@@ -236,10 +242,15 @@ impl<'a> Emitter<'a> {
         }
     }
 
+    fn pickled(&mut self, value: &Value) -> Result<(), PickleError> {
+        let depth = self.depth;
+        self.pickle().value(value, depth)
+    }
+
     fn object(&mut self, value: &Value) -> Emitted {
         match (self.foreign, self.encoding) {
             (Foreign::Text, _) => self.str(&value.to_string()),
-            (Foreign::Keep, Encoding::Pickle) => self.pickle().value(value).map_err(unencodable),
+            (Foreign::Keep, Encoding::Pickle) => self.pickled(value).map_err(unencodable),
             (Foreign::Keep, Encoding::Msgpack) => {
                 Err(WireError::Unencodable(format!("{value} has no form in M5")))
             }

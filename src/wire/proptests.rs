@@ -6,6 +6,7 @@ use proptest::prelude::*;
 use super::emit::{Emitter, Foreign};
 use super::*;
 use crate::ids::{Oid, Tid};
+use crate::limits::MAX_DEPTH;
 use crate::pickle::Value;
 use crate::pickle::proptests::values;
 
@@ -319,6 +320,22 @@ fn a_message_that_cannot_be_written_leaves_no_trace() {
         let error = encode_reply(encoding, &MessageId::Seq(1), &deep, &mut out).unwrap_err();
         assert!(matches!(error, WireError::Unencodable(_)));
         assert_eq!(out, "kept");
+    }
+}
+
+/// What may be written is what may be read: the envelope counts on both sides.
+#[test]
+fn nesting_has_one_limit() {
+    for encoding in BOTH {
+        for (depth, fits) in [(MAX_DEPTH - 1, true), (MAX_DEPTH, false)] {
+            let value = (0..depth).fold(Value::None, |inner, _| Value::Tuple(vec![inner]));
+            let mut out = BytesMut::new();
+            let written = encode_reply(encoding, &MessageId::Seq(1), &value, &mut out);
+            assert_eq!(written.is_ok(), fits, "{encoding:?} {depth}");
+            if fits {
+                decode_server_message(encoding, &unframed(out)).unwrap();
+            }
+        }
     }
 }
 
