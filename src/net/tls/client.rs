@@ -1,9 +1,10 @@
 //! The client's side: a session to be driven over any socket, because the client's threads read and write their own.
 
-use std::io::{self, Read, Write};
+use std::io::{self, BufRead, Write};
 use std::path::PathBuf;
 use std::sync::{Arc, PoisonError, RwLock};
 
+use bytes::{Buf, BytesMut};
 use rustls::client::Resumption;
 use rustls::pki_types::ServerName;
 use rustls::sign::SingleCertAndKey;
@@ -99,7 +100,7 @@ impl ClientTls {
         let name = name.unwrap_or(ServerName::IpAddress(std::net::Ipv4Addr::UNSPECIFIED.into()));
         let connection =
             ClientConnection::new(Arc::new(config), name).map_err(|error| explain.rustls(&error))?;
-        Ok(ClientSession { connection, explain })
+        Ok(ClientSession { connection, explain, incoming: BytesMut::new(), is_closed: false })
     }
 }
 
@@ -133,6 +134,9 @@ fn parse_host(host: &str) -> Result<ServerName<'static>, TlsError> {
 pub struct ClientSession {
     connection: ClientConnection,
     explain: Explain,
+    /// Decrypted and not yet read: no more than one [`Self::receive`] brought, and what was there before.
+    incoming: BytesMut,
+    is_closed: bool,
 }
 
 impl ClientSession {
@@ -152,16 +156,37 @@ impl ClientSession {
 
     /// Takes all the ciphertext a socket gave. After an error [`Self::wants_write`] may hold an alert for the peer.
     pub fn receive(&mut self, mut ciphertext: &[u8]) -> Result<(), TlsError> {
-        while !ciphertext.is_empty() {
+        while !ciphertext.is_empty() && !self.is_closed {
             self.connection.read_tls(&mut ciphertext).map_err(|error| self.explain.io(&error))?;
-            self.connection.process_new_packets().map_err(|error| self.explain.rustls(&error))?;
+            let state = self.connection.process_new_packets().map_err(|error| self.explain.rustls(&error))?;
+            self.is_closed = state.peer_has_closed();
+            // rustls takes no more ciphertext while it holds 16 KiB of plaintext.
+            let mut left = state.plaintext_bytes_to_read();
+            while left > 0 {
+                let mut reader = self.connection.reader();
+                let chunk = reader.fill_buf().map_err(|error| self.explain.io(&error))?;
+                let count = chunk.len();
+                self.incoming.extend_from_slice(chunk);
+                reader.consume(count);
+                left = left.saturating_sub(count.max(1));
+            }
         }
         Ok(())
     }
 
     /// Plaintext that has arrived; `WouldBlock` if there is none, 0 at the peer's close.
     pub fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        self.connection.reader().read(buffer)
+        if self.incoming.is_empty() {
+            return if self.is_closed { Ok(0) } else { Err(io::ErrorKind::WouldBlock.into()) };
+        }
+        let count = buffer.len().min(self.incoming.len());
+        self.incoming.copy_to_slice(&mut buffer[..count]);
+        Ok(count)
+    }
+
+    /// True if [`Self::read`] has something to give.
+    pub fn has_plaintext(&self) -> bool {
+        !self.incoming.is_empty()
     }
 
     /// Plaintext to send: encrypted into the buffer of [`Self::write_tls`], as far as it has room (64 KiB).

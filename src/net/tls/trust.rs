@@ -282,6 +282,9 @@ impl TrustStore {
             E::UnknownIssuer => {
                 Refused::new(CertificateError::UnknownIssuer, self.explain_unknown(peer, now))
             }
+            E::CaUsedAsEndEntity if peer.is_self_signed() => {
+                Refused::new(CertificateError::UnknownIssuer, self.explain_unknown(peer, now))
+            }
             E::CaUsedAsEndEntity => Refused::new(
                 CertificateError::UnknownIssuer,
                 format!("is a CA certificate; only one that is itself in {} may be used so", self.name),
