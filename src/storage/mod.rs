@@ -19,6 +19,7 @@ pub mod blob;
 pub mod error;
 pub mod file;
 pub mod memory;
+pub mod transform;
 
 use std::path::PathBuf;
 use std::sync::Arc;

@@ -12,6 +12,7 @@
 use std::fs::File;
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use super::format::FIRST_TXN;
 use super::index::Index;
@@ -30,8 +31,14 @@ pub(super) fn beside(path: &Path, suffix: &str) -> PathBuf {
 }
 
 /// Saves the index of `snapshot` as of its current end, durably, beside `path`. Commits may go on meanwhile: an object
-/// that has been written since is saved with the position it had.
-pub(super) fn save(path: &Path, snapshot: &Snapshot) -> Result<u64> {
+/// that has been written since is saved with the position it had. Answers `None`, and leaves the index file alone, if
+/// the snapshot is no longer current when it is to get its name, which happens under the lock `names`.
+pub(super) fn save(
+    path: &Path,
+    snapshot: &Snapshot,
+    names: &Mutex<()>,
+    is_current: &dyn Fn() -> bool,
+) -> Result<Option<u64>> {
     let end = snapshot.end();
     let temp = beside(path, ".index.index_tmp");
     let failed = |e| StorageError::io(format!("cannot save the index of {}", path.display()), e);
@@ -40,8 +47,13 @@ pub(super) fn save(path: &Path, snapshot: &Snapshot) -> Result<u64> {
     write(&mut out, snapshot, end)?.map_err(failed)?;
     let file = out.into_inner().map_err(|e| failed(e.into_error()))?;
     file.sync_data().map_err(failed)?;
+    let _names = names.lock().unwrap_or_else(PoisonError::into_inner);
+    if !is_current() {
+        std::fs::remove_file(&temp).map_err(failed)?;
+        return Ok(None);
+    }
     std::fs::rename(&temp, beside(path, ".index")).map_err(failed)?;
-    Ok(end)
+    Ok(Some(end))
 }
 
 /// The outer error is of reading the data file, the inner one of writing the index.

@@ -7,6 +7,7 @@
 //! | `transactions`, `samples`, `iterate` | walking over transactions |
 //! | `open`, `scan`, `index_file`, `lock`, `oids` | opening, recovery, the files beside Data.fs |
 //! | `pending`, `undo`, `space`, `commit` | two-phase commit |
+//! | `pack` | dropping what is no longer needed |
 //!
 //! # Locks
 //! Readers take none (an atomic pointer to the [`Snapshot`]). `writer` is held by a finish and by pack's switch.
@@ -22,6 +23,7 @@ mod iterate;
 mod lock;
 mod oids;
 mod open;
+mod pack;
 mod pending;
 mod samples;
 mod scan;
@@ -84,6 +86,7 @@ impl Default for FileStorageOptions {
 pub struct Packed {
     pub file: Arc<dyn StorageFile>,
     pub index: Index,
+    samples: Samples,
     /// End of its last transaction.
     pub end: u64,
 }
@@ -106,6 +109,10 @@ pub struct FileStorage {
     /// What the saved index covers: the file, up to where. Held while one is saved.
     saved_index: Mutex<Option<(Weak<Snapshot>, u64)>>,
     used_index: bool,
+    /// Held by a pack.
+    packing: Mutex<()>,
+    /// Held while the data file or its index file gets its name, so that no index comes beside another file.
+    names: Mutex<()>,
 }
 
 /// State of whoever appends.
@@ -157,9 +164,15 @@ impl FileStorage {
     }
 
     /// Replaces file and index after a pack. `rename` puts the packed file in the old one's place; if it fails, nothing
-    /// has changed. The caller holds the whole storage: nothing is voted, nobody is putting a transaction together.
-    pub(crate) fn switch(&self, packed: Packed, rename: &mut dyn FnMut() -> Result<()>) -> Result<()> {
-        let _writer = self.writable()?;
+    /// has changed. `sync` makes that durable; if it fails, the storage takes no more writes: nobody knows which file a
+    /// crash would leave. The caller holds the whole storage: nothing is voted, nobody is putting a transaction together.
+    pub(crate) fn switch(
+        &self,
+        packed: Packed,
+        rename: &mut dyn FnMut() -> Result<()>,
+        sync: &mut dyn FnMut() -> Result<()>,
+    ) -> Result<()> {
+        let mut writer = self.writable()?;
         let failed = |e| StorageError::io("cannot lock the packed file", e);
         if lock(&self.lock).is_some() && !packed.file.try_lock().map_err(failed)? {
             return Err(StorageError::Locked(format!(
@@ -167,12 +180,14 @@ impl FileStorage {
                 self.path.display()
             )));
         }
+        let names = lock(&self.names);
         rename()?;
-        let Packed { file, index, end } = packed;
+        let Packed { file, index, samples, end } = packed;
         let name = self.current.load().name().clone();
-        self.current.store(Arc::new(Snapshot::new(file, index, end, Samples::default(), name)));
+        self.current.store(Arc::new(Snapshot::new(file, index, end, samples, name)));
+        drop(names);
         self.space.forget();
-        Ok(())
+        sync().inspect_err(|e| writer.failed = Some(e.to_string()))
     }
 
     /// Saves the index, unless the saved one is of this moment already. Commits go on meanwhile.
@@ -182,8 +197,10 @@ impl FileStorage {
         let same =
             |file: &Weak<Snapshot>, end| file.as_ptr() == Arc::as_ptr(&snapshot) && end == snapshot.end();
         if !saved.as_ref().is_some_and(|(file, end)| same(file, *end)) {
-            let end = index_file::save(&self.path, &snapshot)?;
-            *saved = Some((Arc::downgrade(&snapshot), end));
+            let is_current = || Arc::ptr_eq(&self.current.load(), &snapshot);
+            if let Some(end) = index_file::save(&self.path, &snapshot, &self.names, &is_current)? {
+                *saved = Some((Arc::downgrade(&snapshot), end));
+            }
         }
         Ok(())
     }

@@ -125,6 +125,8 @@ impl FileStorage {
             lock: Mutex::new(lock),
             saved_index: Mutex::new(saved_index),
             used_index,
+            packing: Mutex::default(),
+            names: Mutex::default(),
         };
         if writes
             && (!used_index || end - start > WORTH_SAVING)

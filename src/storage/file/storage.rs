@@ -195,8 +195,8 @@ impl Storage for FileStorage {
         drop(txn);
     }
 
-    fn pack(&self, _: PackOptions<'_>, _: &dyn WholeStorageLock) -> Result<()> {
-        Err(StorageError::Unsupported("pack"))
+    fn pack(&self, options: PackOptions<'_>, switch_lock: &dyn WholeStorageLock) -> Result<()> {
+        self.pack_file(options, switch_lock)
     }
 
     fn blob_path(&self, oid: Oid, serial: Tid) -> Result<PathBuf> {

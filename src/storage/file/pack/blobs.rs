@@ -1,0 +1,135 @@
+//! Files of blob revisions that a pack drops.
+//!
+//! While copying, their names are collected in BLOBDIR/.removed.new; once the packed file is in place that becomes
+//! BLOBDIR/.removed.todo; .removed.doing, once the previous BLOBDIR.old is gone; and then the files are removed (or
+//! moved to BLOBDIR.old). A pack that is killed before the
+//! switch leaves only a list that nobody reads; one that is killed after it leaves a list that the next pack works
+//! off. ZODB's own list, BLOBDIR/.removed, says nothing about whether the pack was finished, so it is not used.
+//!
+//! Every dropped revision is listed by itself. Nothing else in an object's directory is touched, so a commit of a new
+//! revision meanwhile is safe.
+
+use std::fs::{self, File};
+use std::io::{self, BufRead, BufReader, BufWriter, Write};
+use std::path::{Path, PathBuf};
+
+use super::super::index_file::beside;
+use crate::ids::{Oid, Tid};
+use crate::storage::blob::BlobDir;
+use crate::storage::blob::layout::MARKER;
+use crate::storage::{Result, StorageError};
+
+const COLLECTED: &str = ".removed.new";
+const TO_DO: &str = ".removed.todo";
+const DOING: &str = ".removed.doing";
+
+/// Names of files to be removed.
+pub(super) struct Removals<'a> {
+    dir: &'a BlobDir,
+    list: BufWriter<File>,
+}
+
+impl<'a> Removals<'a> {
+    /// Starts an empty list.
+    pub(super) fn new(dir: &'a BlobDir) -> Result<Self> {
+        let path = dir.base().join(COLLECTED);
+        let list = File::create(&path).map_err(|e| failed("write", &path, e))?;
+        Ok(Self { dir, list: BufWriter::new(list) })
+    }
+
+    pub(super) fn add(&mut self, oid: Oid, tid: Tid) -> Result<()> {
+        let written = writeln!(self.list, "{:016x}{:016x}", oid.0, tid.0);
+        written.map_err(|e| failed("write", &self.dir.base().join(COLLECTED), e))
+    }
+
+    /// The list is complete.
+    pub(super) fn finish(&mut self) -> Result<()> {
+        let written = self.list.flush().and_then(|()| self.list.get_ref().sync_data());
+        written.map_err(|e| failed("write", &self.dir.base().join(COLLECTED), e))
+    }
+
+    /// The packed file is in place: the files are to go.
+    pub(super) fn confirm(&self) -> Result<()> {
+        let path = self.dir.base().join(TO_DO);
+        fs::rename(self.dir.base().join(COLLECTED), &path).map_err(|e| failed("write", &path, e))
+    }
+
+    pub(super) fn discard(&self) {
+        let _ = fs::remove_file(self.dir.base().join(COLLECTED));
+    }
+}
+
+/// Works off the list of a pack whose file is in place, of this one or one that was killed. `keep_old`: BLOBDIR.old
+/// becomes a snapshot of the files before the pack, those that stay as hard links.
+pub(super) fn remove_listed(dir: &BlobDir, keep_old: bool) -> Result<()> {
+    let [to_do, path] = [TO_DO, DOING].map(|name| dir.base().join(name));
+    if to_do.exists() {
+        remove_tree(&beside(dir.base(), ".old"))?;
+        fs::rename(&to_do, &path).map_err(|e| failed("rename", &to_do, e))?;
+    }
+    let list = match File::open(&path) {
+        Ok(list) => BufReader::new(list),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(e) => return Err(failed("read", &path, e)),
+    };
+    let old = match keep_old {
+        true => Some(OldBlobs::open(dir)?),
+        false => None,
+    };
+    for line in list.lines() {
+        let line = line.map_err(|e| failed("read", &path, e))?;
+        let Some((oid, tid)) = parse(&line) else { continue };
+        if let Some(old) = &old {
+            old.link(&dir.path(oid, tid))?;
+        }
+        dir.remove(oid, tid)?;
+    }
+    if let Some(old) = &old {
+        dir.for_each(&mut |_, _, path| old.link(path))?;
+    }
+    fs::remove_file(&path).map_err(|e| failed("remove", &path, e))
+}
+
+fn parse(line: &str) -> Option<(Oid, Tid)> {
+    let number = |text: Option<&str>| u64::from_str_radix(text?, 16).ok();
+    (line.len() == 32).then_some(())?;
+    Some((Oid(number(line.get(..16))?), Tid(number(line.get(16..))?)))
+}
+
+/// BLOBDIR.old while it is made.
+struct OldBlobs<'a> {
+    from: &'a Path,
+    to: PathBuf,
+}
+
+impl<'a> OldBlobs<'a> {
+    /// Makes it, or goes on with it after a crash.
+    fn open(dir: &'a BlobDir) -> Result<Self> {
+        let old = Self { from: dir.base(), to: beside(dir.base(), ".old") };
+        old.link(&old.from.join(MARKER))?;
+        Ok(old)
+    }
+
+    /// Links a file of the blob directory to the same place here. A missing file is fine: somebody removed it.
+    fn link(&self, file: &Path) -> Result<()> {
+        let target = self.to.join(file.strip_prefix(self.from).unwrap_or(file));
+        let parent = target.parent().unwrap_or(&self.to);
+        fs::create_dir_all(parent).map_err(|e| failed("make", parent, e))?;
+        match fs::hard_link(file, &target) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound && !file.exists() => Ok(()),
+            Err(e) if e.kind() != io::ErrorKind::AlreadyExists => Err(failed("link", &target, e)),
+            _ => Ok(()),
+        }
+    }
+}
+
+fn remove_tree(dir: &Path) -> Result<()> {
+    match fs::remove_dir_all(dir) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(failed("remove", dir, e)),
+        _ => Ok(()),
+    }
+}
+
+fn failed(verb: &str, path: &Path, source: io::Error) -> StorageError {
+    StorageError::io(format!("cannot {verb} {}", path.display()), source)
+}

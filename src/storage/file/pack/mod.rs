@@ -1,0 +1,243 @@
+//! Pack: writes a new data file without the revisions, and objects, that are no longer needed, beside loads and
+//! commits, and puts it in the place of the old one. See `docs/pack.md`.
+//!
+//! | phase | file | what |
+//! | --- | --- | --- |
+//! | index | `mark` | reads the file up to the pack time: which record of each object is current then |
+//! | mark | `mark`, `kept` | which of them survive |
+//! | copy | `copy`, `output` | writes NAME.pack: what survives of the time before, then everything after, again and again until little is left |
+//! | switch | `switch` | with the whole storage held: the rest, sync, rename, new index |
+//! | blobs | `blobs` | removes the files of dropped revisions |
+//!
+//! Until the rename every failure, cancellation or crash leaves the storage as it was. Memory: the index of the packed
+//! file (8 bytes an object), while marking also the one as of the pack time, and 1/344 of the file's size.
+
+mod blobs;
+mod copy;
+mod kept;
+mod mark;
+mod output;
+mod pace;
+mod switch;
+mod walk;
+mod window;
+
+use std::fs::OpenOptions;
+use std::sync::{Arc, TryLockError};
+
+use self::blobs::{Removals, remove_listed};
+use self::copy::{Copier, Missing};
+use self::mark::AtPackTime;
+use self::output::Output;
+use self::pace::Pace;
+use self::switch::Files;
+use super::file::{OsFile, StorageFile};
+use super::snapshot::Snapshot;
+use super::{FileStorage, Packed, lock};
+use crate::ids::{Oid, Tid};
+use crate::pickle::class_of::is_blob_record;
+use crate::storage::transform::untransform;
+use crate::storage::{PackOptions, References, Result, StorageError, WholeStorageLock};
+
+/// Writers are stopped when at most so much is left to be copied: a few milliseconds.
+const LITTLE: u64 = 1 << 20;
+/// If commits are faster than the copy, writers are stopped after so many rounds with whatever is left.
+const ROUNDS: usize = 20;
+/// If transactions committed meanwhile bring garbage back to life so often, nothing more is thought garbage.
+const GC_ATTEMPTS: usize = 3;
+
+/// How an attempt ended.
+enum Outcome {
+    Done,
+    /// Nothing would change.
+    Nothing,
+    /// A transaction committed meanwhile needs an object that was thought garbage.
+    Missed(Oid),
+}
+
+/// What an attempt works with.
+struct Job<'a> {
+    snapshot: Arc<Snapshot>,
+    name: &'a str,
+    stop: Tid,
+    /// `None`: no garbage collection.
+    references: Option<&'a dyn References>,
+    whole: &'a dyn WholeStorageLock,
+    files: Files,
+}
+
+impl FileStorage {
+    /// See [`crate::storage::Storage::pack`].
+    pub(super) fn pack_file(&self, options: PackOptions<'_>, whole: &dyn WholeStorageLock) -> Result<()> {
+        drop(self.writable()?);
+        let stop = Tid::from_unix(options.time);
+        if stop == Tid::ZERO {
+            return Err(StorageError::Invalid("Invalid pack time".into()));
+        }
+        let _packing = match self.packing.try_lock() {
+            Ok(guard) => guard,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => return Err(StorageError::Invalid("Already packing".into())),
+        };
+        let keep_old = self.options.pack_keep_old;
+        if let Some(dir) = &self.blobs {
+            remove_listed(dir, keep_old)?;
+        }
+        let snapshot = self.snapshot();
+        let name = snapshot.name().clone();
+        let gc = options.gc.unwrap_or(self.options.pack_gc);
+        let files = Files::of(&self.path);
+        let mut pace = Pace::new(options.progress, options.throttle);
+        let references = gc.then_some(options.references);
+        let mut job = Job { snapshot, name: &name, stop, references, whole, files };
+        for attempt in 1.. {
+            if attempt > GC_ATTEMPTS {
+                job.references = None;
+            }
+            let outcome = self.attempt(&job, &mut pace).inspect_err(|_| {
+                job.files.discard_packed();
+                // The switch may have removed it.
+                *lock(&self.saved_index) = None;
+            });
+            match outcome? {
+                Outcome::Nothing => return Ok(()),
+                Outcome::Missed(oid) => tracing::info!("{name}: {oid} is needed again: pack starts over"),
+                Outcome::Done => break,
+            }
+        }
+        // The pack is done; what is left to do can be done later.
+        if let Err(e) = self.save_index() {
+            tracing::warn!("{e}; the next start scans the file");
+        }
+        if let Some(dir) = &self.blobs {
+            pace.set_silent(true);
+            if let Err(e) = remove_listed(dir, keep_old) {
+                tracing::warn!("{e}; the next pack removes what is left");
+            }
+        }
+        Ok(())
+    }
+
+    fn attempt(&self, job: &Job<'_>, pace: &mut Pace<'_>) -> Result<Outcome> {
+        let Job { snapshot, name, .. } = job;
+        let source = &snapshot.file;
+        let marked_end = snapshot.end();
+        let at = mark::index(&**source, name, marked_end, job.stop, pace)?;
+        if at.all_packed && at.packed_later {
+            tracing::info!("{name} has been packed to this or a later time, or nothing changed since");
+            return Ok(Outcome::Nothing);
+        }
+        let marked = match job.references {
+            Some(references) => mark::keep_reachable(&**source, name, marked_end, &at, references, pace)?,
+            None => mark::keep_all(&**source, name, marked_end, &at, pace)?,
+        };
+        let AtPackTime { pack_pos, records, plain, .. } = at;
+        if plain && marked.kept.len() == records {
+            tracing::info!("{name}: there is nothing to be dropped");
+            return Ok(Outcome::Nothing);
+        }
+        let mut removals = match &self.blobs {
+            Some(dir) => Some(Removals::new(dir)?),
+            None => None,
+        };
+        let out = Output::new(self.create_packed(&job.files)?, job.files.packed.display().to_string());
+        let mut copier = Copier::new(out, source, name, pack_pos, &marked)?;
+        pace.enter("copy", snapshot.end(), 0)?;
+        let mut dropped = |oid, tid, data: &[u8]| match &mut removals {
+            Some(removals) if is_blob(data) => removals.add(oid, tid),
+            _ => Ok(()),
+        };
+        let is_newest = pack_pos == snapshot.end();
+        copier.copy_kept(is_newest, self.blobs.is_some().then_some(&mut dropped), pace)?;
+        if let Some(removals) = &mut removals {
+            removals.finish()?;
+        }
+        let missing =
+            job.references.map(|references| Missing { references, live: &snapshot.index, marked_end });
+        let done = self.catch_up_and_switch(job, copier, pack_pos, missing.as_ref(), removals.as_ref(), pace);
+        if let (Some(removals), Ok(Outcome::Missed(_)) | Err(_)) = (&removals, &done) {
+            removals.discard();
+        }
+        done
+    }
+
+    fn catch_up_and_switch(
+        &self,
+        job: &Job<'_>,
+        mut copier: Copier<'_>,
+        pack_pos: u64,
+        missing: Option<&Missing<'_>>,
+        removals: Option<&Removals<'_>>,
+        pace: &mut Pace<'_>,
+    ) -> Result<Outcome> {
+        let mut copied = pack_pos;
+        for round in 0.. {
+            // The first round is part of the copy; what is left gets less by each.
+            while snapshot_end_after(job, copied, LITTLE) {
+                let end = job.snapshot.end();
+                if let Some(oid) = copier.copy_rest(copied, end, missing, pace)? {
+                    return Ok(Outcome::Missed(oid));
+                }
+                copied = end;
+                pace.enter("catch up", 0, 0)?;
+            }
+            copier.out.sync()?;
+            if round >= ROUNDS || !snapshot_end_after(job, copied, LITTLE) {
+                break;
+            }
+        }
+        pace.enter("switch", 0, 0)?;
+        pace.set_silent(true);
+        let mut copier = Some(copier);
+        let mut result = Err(StorageError::Transaction("the storage was not held for the switch".into()));
+        job.whole.with_whole_storage(&mut || {
+            if let Some(copier) = copier.take() {
+                result = self.switch_to(job, copier, copied, missing, removals, pace);
+            }
+        });
+        pace.set_silent(false);
+        result
+    }
+
+    /// With the whole storage held.
+    fn switch_to(
+        &self,
+        job: &Job<'_>,
+        mut copier: Copier<'_>,
+        copied: u64,
+        missing: Option<&Missing<'_>>,
+        removals: Option<&Removals<'_>>,
+        pace: &mut Pace<'_>,
+    ) -> Result<Outcome> {
+        if let Some(oid) = copier.copy_rest(copied, job.snapshot.end(), missing, pace)? {
+            return Ok(Outcome::Missed(oid));
+        }
+        copier.out.sync()?;
+        let Copier { out, index, samples, .. } = copier;
+        let packed = Packed { file: out.file().clone(), index, samples, end: out.pos() };
+        let mut rename = || job.files.put_in_place(self.options.pack_keep_old, &mut |_| {});
+        self.switch(packed, &mut rename, &mut || job.files.sync())?;
+        if let Some(removals) = removals
+            && let Err(e) = removals.confirm()
+        {
+            tracing::warn!("{e}: blob files that are no longer needed stay");
+        }
+        Ok(Outcome::Done)
+    }
+
+    fn create_packed(&self, files: &Files) -> Result<Arc<dyn StorageFile>> {
+        let mut options = OpenOptions::new();
+        let file = options.read(true).write(true).create(true).truncate(true).open(&files.packed);
+        let file =
+            file.map_err(|e| StorageError::io(format!("cannot create {}", files.packed.display()), e))?;
+        Ok(Arc::new(OsFile(file)))
+    }
+}
+
+fn snapshot_end_after(job: &Job<'_>, copied: u64, distance: u64) -> bool {
+    job.snapshot.end() - copied > distance
+}
+
+fn is_blob(data: &[u8]) -> bool {
+    untransform(data).is_ok_and(|data| is_blob_record(&data))
+}

@@ -1,0 +1,82 @@
+//! Putting the packed file in the place of the old one, so that at every moment NAME is one whole file or the other.
+//!
+//! | step | a crash after it leaves |
+//! | --- | --- |
+//! | NAME.pack synced | NAME old, a leftover NAME.pack |
+//! | NAME.index removed, synced | NAME old without index: opening scans it |
+//! | NAME.old replaced by a link to NAME | NAME old, NAME.old the same file |
+//! | NAME.pack renamed to NAME | NAME new without index: opening scans it |
+//! | directory synced; only now are commits taken again | NAME new |
+//! | NAME.index saved | NAME new with its index |
+//!
+//! The index goes first because one that belongs to another file may, by chance, pass the check on opening.
+//! ZODB renames NAME away before it renames NAME.pack; a crash between the two leaves no NAME, and an empty database
+//! at the next start.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use super::super::index_file::beside;
+use super::super::oids::sync_parent;
+use crate::storage::{Result, StorageError};
+
+pub(super) struct Files {
+    pub data: PathBuf,
+    pub packed: PathBuf,
+    pub old: PathBuf,
+    pub index: PathBuf,
+}
+
+impl Files {
+    pub(super) fn of(data: &Path) -> Self {
+        Self {
+            data: data.to_owned(),
+            packed: beside(data, ".pack"),
+            old: beside(data, ".old"),
+            index: beside(data, ".index"),
+        }
+    }
+
+    /// Everything up to the rename, which is the last step: if this fails, NAME is what it was. `step` is called after
+    /// each step.
+    pub(super) fn put_in_place(&self, keep_old: bool, step: &mut dyn FnMut(&'static str)) -> Result<()> {
+        remove(&self.index)?;
+        self.sync()?;
+        step("index removed");
+        if keep_old {
+            remove(&self.old)?;
+            step("old removed");
+            fs::hard_link(&self.data, &self.old).map_err(|e| {
+                let text = "keep the previous file (pack_keep_old needs hard links)";
+                failed(text, &self.old, e)
+            })?;
+            step("old linked");
+        }
+        fs::rename(&self.packed, &self.data)
+            .map_err(|e| failed("put the packed file in place of", &self.data, e))?;
+        step("renamed");
+        Ok(())
+    }
+
+    /// Makes the names durable.
+    pub(super) fn sync(&self) -> Result<()> {
+        sync_parent(&self.data).map_err(|e| failed("sync the directory of", &self.data, e))
+    }
+
+    /// Removes what a failed pack leaves.
+    pub(super) fn discard_packed(&self) {
+        let _ = fs::remove_file(&self.packed);
+    }
+}
+
+fn remove(path: &Path) -> Result<()> {
+    match fs::remove_file(path) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(failed("remove", path, e)),
+        _ => Ok(()),
+    }
+}
+
+fn failed(verb: &str, path: &Path, source: io::Error) -> StorageError {
+    StorageError::io(format!("cannot {verb} {}", path.display()), source)
+}
