@@ -13,6 +13,8 @@
 //! lock. A store copies the data once (what it keeps must not pin a network buffer).
 
 mod shard;
+#[cfg(test)]
+mod tests;
 
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Mutex, MutexGuard, PoisonError};

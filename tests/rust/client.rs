@@ -1,0 +1,795 @@
+//! The client against a scripted server: orderings, broken connections, bad messages.
+//!
+//! The server is a thread that a test tells what to send and when; nothing sleeps to wait for something.
+
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use bytes::{Bytes, BytesMut};
+use zeo_rs::client::{Access, Client, ClientError, DatabaseCallbacks, Options, Session};
+use zeo_rs::ids::{Oid, Tid};
+use zeo_rs::net::Address;
+use zeo_rs::pickle::Value;
+use zeo_rs::wire::{
+    Call, ClientHello, Encoding, Fault, FrameReader, MessageId, Notice, Request, decode_request, encode_fault,
+    encode_loaded, encode_notice, encode_reply, put_frame,
+};
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// What the storage told its database, in order.
+#[derive(Debug, PartialEq, Clone)]
+enum Told {
+    Invalidate(Tid, Vec<Oid>),
+    InvalidateCache,
+    Connected(u64),
+    Disconnected,
+    Stale,
+}
+
+type Hook = Box<dyn Fn(&Told) + Send + Sync>;
+
+struct Recorder {
+    sender: Mutex<Sender<Told>>,
+    hook: Hook,
+}
+
+impl Recorder {
+    fn tell(&self, told: Told) {
+        (self.hook)(&told);
+        let _ = self.sender.lock().unwrap().send(told);
+    }
+}
+
+impl DatabaseCallbacks for Recorder {
+    fn invalidate(&self, tid: Tid, oids: &[Oid]) {
+        self.tell(Told::Invalidate(tid, oids.to_vec()));
+    }
+    fn invalidate_cache(&self) {
+        self.tell(Told::InvalidateCache);
+    }
+    fn connected(&self, session: &Session) {
+        self.tell(Told::Connected(session.generation));
+    }
+    fn disconnected(&self) {
+        self.tell(Told::Disconnected);
+    }
+    fn stale_cache(&self) {
+        self.tell(Told::Stale);
+    }
+}
+
+struct TestClient {
+    client: Arc<Client>,
+    told: Receiver<Told>,
+}
+
+impl TestClient {
+    fn open(options: Options) -> Self {
+        Self::with_hook(options, Box::new(|_| {}))
+    }
+
+    fn with_hook(options: Options, hook: Hook) -> Self {
+        let (sender, told) = channel();
+        let callbacks = Arc::new(Recorder { sender: Mutex::new(sender), hook });
+        Self { client: Client::open(options, callbacks).unwrap(), told }
+    }
+
+    /// Skips to what `wanted` accepts.
+    fn wait_told(&self, wanted: impl Fn(&Told) -> bool) -> Told {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let told = self.told.recv_timeout(deadline - Instant::now()).expect("the storage told its database");
+            if wanted(&told) {
+                return told;
+            }
+        }
+    }
+}
+
+impl Drop for TestClient {
+    fn drop(&mut self) {
+        let since = Instant::now();
+        self.client.close();
+        if !std::thread::panicking() {
+            assert!(since.elapsed() < Duration::from_secs(1), "close took {:?}", since.elapsed());
+        }
+    }
+}
+
+struct FakeServer {
+    listener: TcpListener,
+    encoding: Encoding,
+}
+
+/// The server's end of one connection.
+struct Peer {
+    socket: TcpStream,
+    frames: FrameReader,
+    received: BytesMut,
+    encoding: Encoding,
+}
+
+impl FakeServer {
+    fn new(encoding: Encoding) -> Self {
+        Self { listener: TcpListener::bind("127.0.0.1:0").unwrap(), encoding }
+    }
+
+    fn options(&self) -> Options {
+        let mut options =
+            Options::new(vec![Address::tcp("127.0.0.1", self.listener.local_addr().unwrap().port())]);
+        options.wait_timeout = PATIENCE;
+        options
+    }
+
+    /// The next connection, after the handshake.
+    fn accept(&self) -> Peer {
+        let (socket, _) = self.listener.accept().unwrap();
+        socket.set_read_timeout(Some(PATIENCE)).unwrap();
+        socket.set_nodelay(true).unwrap();
+        let mut peer = Peer {
+            socket,
+            frames: FrameReader::new(1 << 20),
+            received: BytesMut::new(),
+            encoding: self.encoding,
+        };
+        let mut out = BytesMut::new();
+        put_frame(&mut out, self.encoding.protocol()).unwrap();
+        peer.write(&out);
+        let hello = peer.frame().expect("a handshake");
+        assert_eq!(ClientHello::parse(&hello).unwrap(), ClientHello::Speak(self.encoding));
+        peer
+    }
+
+    /// The next connection, registered and told about the storage.
+    fn serve(&self, last_tid: Tid) -> Peer {
+        let mut peer = self.accept();
+        peer.register(last_tid);
+        peer.get_info();
+        peer
+    }
+}
+
+impl Peer {
+    fn write(&mut self, bytes: &[u8]) {
+        // The client may have given up: that is for the test to notice elsewhere.
+        let _ = self.socket.write_all(bytes);
+    }
+
+    fn frame(&mut self) -> Option<Bytes> {
+        loop {
+            if let Some(frame) = self.frames.next_frame(&mut self.received).unwrap() {
+                return Some(frame);
+            }
+            let mut chunk = [0; 4096];
+            match self.socket.read(&mut chunk) {
+                Ok(0) | Err(_) => return None,
+                Ok(count) => self.received.extend_from_slice(&chunk[..count]),
+            }
+        }
+    }
+
+    /// The next call; `None` once the client has closed.
+    fn call(&mut self) -> Option<(MessageId, Call)> {
+        let frame = self.frame()?;
+        let Request { id, call, .. } = decode_request(self.encoding, &frame).unwrap();
+        Some((id, call.unwrap()))
+    }
+
+    /// The next call that `wanted` takes; one-way calls before it are skipped.
+    fn expect(&mut self, wanted: impl Fn(&Call) -> bool) -> MessageId {
+        loop {
+            let (id, call) = self.call().expect("a call");
+            if wanted(&call) {
+                return id;
+            }
+            assert_eq!(id, MessageId::Seq(0), "unexpected {call:?}");
+        }
+    }
+
+    fn register(&mut self, last_tid: Tid) {
+        let id = self.expect(|call| matches!(call, Call::Register { .. }));
+        self.reply(&id, &tid_value(last_tid));
+    }
+
+    fn get_info(&mut self) {
+        let id = self.expect(|call| matches!(call, Call::GetInfo));
+        self.reply(&id, &Value::Dict(vec![(Value::Str("length".into()), Value::Int(7))]));
+    }
+
+    fn reply(&mut self, id: &MessageId, value: &Value) {
+        let mut out = BytesMut::new();
+        encode_reply(self.encoding, id, value, &mut out).unwrap();
+        self.write(&out);
+    }
+
+    fn fault(&mut self, id: &MessageId, class: &str, data: Value) {
+        let mut out = BytesMut::new();
+        encode_fault(self.encoding, id, &Fault { class: class.into(), data }, &mut out).unwrap();
+        self.write(&out);
+    }
+
+    fn loaded_bytes(&self, oid: Oid, before: Tid, data: &[u8], tid: Tid, end: Option<Tid>) -> BytesMut {
+        let mut out = BytesMut::new();
+        encode_loaded(self.encoding, &MessageId::Load { oid, before }, Some((data, tid, end)), &mut out).unwrap();
+        out
+    }
+
+    fn invalidation_bytes(&self, tid: Tid, oids: &[Oid]) -> BytesMut {
+        let mut out = BytesMut::new();
+        let notice = Notice::InvalidateTransaction { tid, oids: oids.to_vec() };
+        encode_notice(self.encoding, &notice, &mut out).unwrap();
+        out
+    }
+
+    /// Reads until the client closes the connection.
+    fn wait_closed(&mut self) {
+        while self.frame().is_some() {}
+    }
+}
+
+fn tid_value(tid: Tid) -> Value {
+    Value::Bytes(Bytes::copy_from_slice(&tid.to_bytes()))
+}
+
+fn oid_value(oid: Oid) -> Value {
+    Value::Bytes(Bytes::copy_from_slice(&oid.to_bytes()))
+}
+
+fn key() -> Value {
+    Value::Int(77)
+}
+
+fn begin(client: &Client) -> Result<(), ClientError> {
+    client.tpc_begin(key(), Bytes::new(), Bytes::new(), Value::Dict(Vec::new()), None, b' ')
+}
+
+const BOTH: [Encoding; 2] = [Encoding::Pickle, Encoding::Msgpack];
+
+#[test]
+fn an_invalidation_before_the_reply_is_applied_first() {
+    for encoding in BOTH {
+        let server = FakeServer::new(encoding);
+        std::thread::scope(|scope| {
+            let peer = scope.spawn(|| server.serve(Tid(10)));
+            let test = TestClient::open(server.options());
+            test.client.wait_connected(PATIENCE).unwrap();
+            let mut peer = peer.join().unwrap();
+            let client = test.client.clone();
+            let loading = scope.spawn(move || client.load_before(Oid(1), Tid(11)));
+            peer.expect(|call| matches!(call, Call::LoadBefore { .. }));
+            let mut both = peer.invalidation_bytes(Tid(12), &[Oid(1)]);
+            both.extend_from_slice(&peer.loaded_bytes(Oid(1), Tid(11), b"old", Tid(5), Some(Tid(12))));
+            peer.write(&both);
+            let loaded = loading.join().unwrap().unwrap().unwrap();
+            assert_eq!((&loaded.data[..], loaded.tid, loaded.end_tid), (&b"old"[..], Tid(5), Some(Tid(12))));
+            assert_eq!(test.client.last_tid(), Tid(12), "applied before the reply that follows it");
+            assert_eq!(test.client.load_cached(Oid(1), Tid(13)), None);
+            assert!(test.client.load_cached(Oid(1), Tid(12)).is_some());
+            test.wait_told(|told| *told == Told::Invalidate(Tid(12), vec![Oid(1)]));
+        });
+    }
+}
+
+#[test]
+fn an_invalidation_behind_the_reply_ends_what_the_reply_stored() {
+    for encoding in BOTH {
+        let server = FakeServer::new(encoding);
+        std::thread::scope(|scope| {
+            let peer = scope.spawn(|| server.serve(Tid(10)));
+            let test = TestClient::open(server.options());
+            test.client.wait_connected(PATIENCE).unwrap();
+            let mut peer = peer.join().unwrap();
+            let client = test.client.clone();
+            let loading = scope.spawn(move || client.load_before(Oid(1), Tid(11)));
+            peer.expect(|call| matches!(call, Call::LoadBefore { .. }));
+            let mut both = peer.loaded_bytes(Oid(1), Tid(11), b"data", Tid(5), None);
+            both.extend_from_slice(&peer.invalidation_bytes(Tid(12), &[Oid(1)]));
+            peer.write(&both);
+            assert_eq!(loading.join().unwrap().unwrap().unwrap().end_tid, None);
+            test.wait_told(|told| matches!(told, Told::Invalidate(Tid(12), _)));
+            assert_eq!(test.client.load_cached(Oid(1), Tid(13)), None, "no longer current");
+            assert_eq!(test.client.load_cached(Oid(1), Tid(12)).unwrap().end_tid, Some(Tid(12)));
+        });
+    }
+}
+
+#[test]
+fn the_last_tid_waits_for_the_database() {
+    let server = FakeServer::new(Encoding::Msgpack);
+    let (entered_tx, entered) = channel();
+    let (leave, leave_rx) = channel::<()>();
+    let leave_rx = Mutex::new(leave_rx);
+    std::thread::scope(|scope| {
+        let peer = scope.spawn(|| server.serve(Tid(10)));
+        let hook = Box::new(move |told: &Told| {
+            if matches!(told, Told::Invalidate(Tid(12), _)) {
+                entered_tx.send(()).unwrap();
+                leave_rx.lock().unwrap().recv().unwrap();
+            }
+        });
+        let test = TestClient::with_hook(server.options(), hook);
+        test.client.wait_connected(PATIENCE).unwrap();
+        let mut peer = peer.join().unwrap();
+        let invalidation = peer.invalidation_bytes(Tid(12), &[Oid(1)]);
+        peer.write(&invalidation);
+        entered.recv_timeout(PATIENCE).unwrap();
+        assert_eq!(test.client.last_tid(), Tid(10), "the database is still being told");
+        leave.send(()).unwrap();
+        let client = test.client.clone();
+        let ping = scope.spawn(move || client.read("ping", &Call::Ping));
+        let id = peer.expect(|call| matches!(call, Call::Ping));
+        peer.reply(&id, &Value::None);
+        ping.join().unwrap().unwrap();
+        assert_eq!(test.client.last_tid(), Tid(12));
+    });
+}
+
+#[test]
+fn identical_loads_are_sent_once() {
+    let server = FakeServer::new(Encoding::Msgpack);
+    std::thread::scope(|scope| {
+        let peer = scope.spawn(|| server.serve(Tid(10)));
+        let test = TestClient::open(server.options());
+        test.client.wait_connected(PATIENCE).unwrap();
+        let mut peer = peer.join().unwrap();
+        let started = Arc::new(AtomicUsize::new(0));
+        let client = test.client.clone();
+        let loads: Vec<_> = (0..8)
+            .map(|_| {
+                let (client, started) = (client.clone(), started.clone());
+                scope.spawn(move || {
+                    started.fetch_add(1, Ordering::SeqCst);
+                    client.load_before(Oid(1), Tid(11)).unwrap().unwrap().data
+                })
+            })
+            .collect();
+        // A prefetch of the same is merged too.
+        client.prefetch(&[Oid(1), Oid(2)], Tid(11));
+        peer.expect(|call| matches!(call, Call::LoadBefore { oid: Oid(1), .. }));
+        while started.load(Ordering::SeqCst) < 8 {
+            std::thread::yield_now();
+        }
+        let id = peer.expect(|call| matches!(call, Call::LoadBefore { oid: Oid(2), .. }));
+        assert_eq!(id, MessageId::Load { oid: Oid(2), before: Tid(11) });
+        let bytes = peer.loaded_bytes(Oid(1), Tid(11), b"once", Tid(5), None);
+        peer.write(&bytes);
+        for load in loads {
+            assert_eq!(&load.join().unwrap()[..], b"once");
+        }
+        assert_eq!(client.cache().len(), 1);
+        let bytes = peer.loaded_bytes(Oid(2), Tid(11), b"two", Tid(5), None);
+        peer.write(&bytes);
+        assert_eq!(&client.load_before(Oid(2), Tid(11)).unwrap().unwrap().data[..], b"two");
+        // Nothing else was asked.
+        let ping = scope.spawn(move || client.read("ping", &Call::Ping));
+        let (id, call) = peer.call().unwrap(); // not a load
+        assert_eq!(call, Call::Ping);
+        peer.reply(&id, &Value::None);
+        ping.join().unwrap().unwrap();
+    });
+}
+
+#[test]
+fn a_load_survives_a_restart_of_the_server() {
+    let server = FakeServer::new(Encoding::Pickle);
+    std::thread::scope(|scope| {
+        let peer = scope.spawn(|| server.serve(Tid(10)));
+        let test = TestClient::open(server.options());
+        test.client.wait_connected(PATIENCE).unwrap();
+        let mut peer = peer.join().unwrap();
+        let client = test.client.clone();
+        let loading = scope.spawn(move || client.load_before(Oid(1), Tid(11)));
+        peer.expect(|call| matches!(call, Call::LoadBefore { .. }));
+        drop(peer);
+        let mut peer = server.serve(Tid(10));
+        peer.expect(|call| matches!(call, Call::LoadBefore { .. }));
+        let bytes = peer.loaded_bytes(Oid(1), Tid(11), b"again", Tid(5), None);
+        peer.write(&bytes);
+        assert_eq!(&loading.join().unwrap().unwrap().unwrap().data[..], b"again");
+    });
+}
+
+/// Cuts the connection at each step of a commit: the transaction fails, the next one works.
+#[test]
+fn a_disconnect_poisons_the_transaction() {
+    for cut in 0..4 {
+        let server = FakeServer::new(Encoding::Msgpack);
+        std::thread::scope(|scope| {
+            let peer = scope.spawn(|| server.serve(Tid(10)));
+            let test = TestClient::open(server.options());
+            test.client.wait_connected(PATIENCE).unwrap();
+            let mut peer = Some(peer.join().unwrap());
+            let client = test.client.clone();
+            let mut reached = 0;
+            let mut step = |number: usize, peer: &mut Option<Peer>| {
+                if number == cut {
+                    peer.take();
+                    test.wait_told(|told| *told == Told::Disconnected);
+                    *peer = Some(server.serve(Tid(10)));
+                    test.client.wait_connected(PATIENCE).unwrap();
+                }
+                reached = number;
+            };
+            begin(&client).unwrap();
+            step(0, &mut peer);
+            let stored = client.store(&key(), Oid(1), Tid::ZERO, Bytes::from_static(b"x"));
+            if cut == 0 {
+                assert!(stored.unwrap_err().is_disconnected());
+            } else {
+                stored.unwrap();
+                step(1, &mut peer);
+                let voting = {
+                    let client = client.clone();
+                    scope.spawn(move || client.tpc_vote(&key()))
+                };
+                if cut == 1 {
+                    assert!(voting.join().unwrap().unwrap_err().is_disconnected());
+                } else {
+                    let id = peer.as_mut().unwrap().expect(|call| matches!(call, Call::Vote { .. }));
+                    if cut == 2 {
+                        step(2, &mut peer);
+                        assert!(voting.join().unwrap().unwrap_err().is_disconnected());
+                    } else {
+                        peer.as_mut().unwrap().reply(&id, &Value::List(Vec::new()));
+                        voting.join().unwrap().unwrap();
+                        let called = Arc::new(AtomicUsize::new(0));
+                        let finishing = {
+                            let (client, called) = (client.clone(), called.clone());
+                            scope.spawn(move || {
+                                client.tpc_finish(
+                                    &key(),
+                                    Box::new(move |_| {
+                                        called.fetch_add(1, Ordering::SeqCst);
+                                        Ok(())
+                                    }),
+                                )
+                            })
+                        };
+                        peer.as_mut().unwrap().expect(|call| matches!(call, Call::TpcFinish { .. }));
+                        step(3, &mut peer);
+                        assert!(finishing.join().unwrap().unwrap_err().is_disconnected());
+                        assert_eq!(called.load(Ordering::SeqCst), 0, "an unknown outcome is not announced");
+                    }
+                }
+            }
+            client.tpc_abort(&key()).unwrap();
+            assert_eq!(client.load_cached(Oid(1), Tid(11)), None);
+            // The next one.
+            let committing = {
+                let client = client.clone();
+                scope.spawn(move || {
+                    begin(&client)?;
+                    client.store(&key(), Oid(1), Tid::ZERO, Bytes::from_static(b"y"))?;
+                    client.tpc_vote(&key())?;
+                    client.tpc_finish(&key(), Box::new(|_| Ok(())))
+                })
+            };
+            let peer = peer.as_mut().unwrap();
+            let id = peer.expect(|call| matches!(call, Call::Vote { .. }));
+            peer.reply(&id, &Value::List(Vec::new()));
+            let id = peer.expect(|call| matches!(call, Call::TpcFinish { .. }));
+            peer.reply(&id, &tid_value(Tid(20)));
+            assert_eq!(committing.join().unwrap().unwrap(), Tid(20));
+            assert_eq!(client.last_tid(), Tid(20));
+            assert_eq!(&client.load_cached(Oid(1), Tid(21)).unwrap().data[..], b"y");
+        });
+    }
+}
+
+#[test]
+fn resolved_objects_are_not_cached_as_sent() {
+    let server = FakeServer::new(Encoding::Msgpack);
+    std::thread::scope(|scope| {
+        let peer = scope.spawn(|| server.serve(Tid(10)));
+        let test = TestClient::open(server.options());
+        test.client.wait_connected(PATIENCE).unwrap();
+        let mut peer = peer.join().unwrap();
+        let client = test.client.clone();
+        let committing = scope.spawn(move || {
+            begin(&client)?;
+            client.store(&key(), Oid(1), Tid(3), Bytes::from_static(b"mine"))?;
+            client.store(&key(), Oid(2), Tid(3), Bytes::from_static(b"first"))?;
+            client.store(&key(), Oid(2), Tid(3), Bytes::from_static(b"last"))?;
+            client.tpc_vote(&key())?;
+            client.tpc_finish(&key(), Box::new(|_| Ok(())))
+        });
+        let id = peer.expect(|call| matches!(call, Call::Vote { .. }));
+        peer.reply(&id, &Value::List(vec![oid_value(Oid(1))]));
+        let id = peer.expect(|call| matches!(call, Call::TpcFinish { .. }));
+        peer.reply(&id, &tid_value(Tid(20)));
+        committing.join().unwrap().unwrap();
+        assert_eq!(test.client.load_cached(Oid(1), Tid(21)), None);
+        assert_eq!(&test.client.load_cached(Oid(2), Tid(21)).unwrap().data[..], b"last");
+    });
+}
+
+/// What is no ZEO message ends the connection; whoever waited gets an error, and the client connects again.
+#[test]
+fn garbage_ends_the_connection() {
+    let frame = |body: &[u8]| {
+        let mut out = BytesMut::new();
+        put_frame(&mut out, body).unwrap();
+        out.to_vec()
+    };
+    let garbage = [
+        frame(b""),
+        frame(b"nonsense"),
+        frame(b"\x80\x03cos\nsystem\n."),
+        frame(&[0x94, 0x01, 0xc2]),
+        vec![0xff, 0xff, 0xff, 0xff, 1, 2, 3],
+        frame(&[0xdd, 0xff, 0xff, 0xff, 0xff]),
+    ];
+    for (encoding, bytes) in BOTH.into_iter().flat_map(|e| garbage.iter().map(move |bytes| (e, bytes))) {
+        let server = FakeServer::new(encoding);
+        std::thread::scope(|scope| {
+            let peer = scope.spawn(|| server.serve(Tid(10)));
+            let test = TestClient::open(server.options());
+            test.client.wait_connected(PATIENCE).unwrap();
+            let mut peer = peer.join().unwrap();
+            let client = test.client.clone();
+            let packing = scope.spawn(move || client.call("pack", &Call::Pack { time: 1.0, wait: true }));
+            peer.expect(|call| matches!(call, Call::Pack { .. }));
+            peer.write(bytes);
+            assert!(packing.join().unwrap().unwrap_err().is_disconnected());
+            peer.wait_closed();
+            let _peer = server.serve(Tid(10));
+            test.client.wait_connected(PATIENCE).unwrap();
+        });
+    }
+}
+
+#[test]
+fn the_cache_is_verified_after_a_reconnect() {
+    // What the server answers to getInvalidations, and what is left of oids 1 and 2 in the cache.
+    let cases = [
+        (Value::Tuple(vec![tid_value(Tid(15)), Value::List(vec![oid_value(Oid(1))])]), [false, true]),
+        (Value::None, [false, false]),
+    ];
+    for (answer, kept) in cases {
+        let server = FakeServer::new(Encoding::Pickle);
+        std::thread::scope(|scope| {
+            let peer = scope.spawn(|| server.serve(Tid(10)));
+            let test = TestClient::open(server.options());
+            test.client.wait_connected(PATIENCE).unwrap();
+            let mut peer = peer.join().unwrap();
+            for oid in [Oid(1), Oid(2)] {
+                let client = test.client.clone();
+                let loading = scope.spawn(move || client.load_before(oid, Tid(11)));
+                peer.expect(|call| matches!(call, Call::LoadBefore { .. }));
+                let bytes = peer.loaded_bytes(oid, Tid(11), b"x", Tid(5), None);
+                peer.write(&bytes);
+                loading.join().unwrap().unwrap();
+            }
+            drop(peer);
+            test.wait_told(|told| *told == Told::Disconnected);
+            let mut peer = server.accept();
+            peer.register(Tid(15));
+            let id = peer.expect(|call| matches!(call, Call::GetInvalidations { tid: Tid(10) }));
+            // Between the answer and the end of the verification: one that the answer covers, one that it does not.
+            peer.reply(&id, &answer);
+            let mut more = peer.invalidation_bytes(Tid(15), &[Oid(1)]);
+            more.extend_from_slice(&peer.invalidation_bytes(Tid(16), &[Oid(3)]));
+            peer.write(&more);
+            peer.get_info();
+            test.client.wait_connected(PATIENCE).unwrap();
+            assert_eq!(test.client.last_tid(), Tid(16));
+            let cached = [Oid(1), Oid(2)].map(|oid| test.client.load_cached(oid, Tid(17)).is_some());
+            assert_eq!(cached, kept);
+            let told: Vec<Told> = test.told.try_iter().collect();
+            assert_eq!(told.contains(&Told::Stale), answer == Value::None);
+            assert!(told.contains(&Told::InvalidateCache));
+            assert_eq!(told.iter().filter(|told| matches!(told, Told::Invalidate(Tid(15), _))).count(), 1);
+            let last = told.iter().rposition(|told| matches!(told, Told::Invalidate(Tid(16), _)));
+            assert!(last > told.iter().rposition(|told| *told == Told::InvalidateCache));
+        });
+    }
+}
+
+#[test]
+fn a_server_older_than_what_was_seen_is_refused() {
+    let server = FakeServer::new(Encoding::Pickle);
+    std::thread::scope(|scope| {
+        let peer = scope.spawn(|| server.serve(Tid(10)));
+        let mut options = server.options();
+        options.wait_timeout = Duration::from_millis(300);
+        let test = TestClient::open(options);
+        test.client.wait_connected(PATIENCE).unwrap();
+        drop(peer.join().unwrap());
+        test.wait_told(|told| *told == Told::Disconnected);
+        let mut peer = server.accept();
+        peer.register(Tid(9));
+        peer.wait_closed();
+        let error = test.client.read("ping", &Call::Ping).unwrap_err().to_string();
+        assert!(error.contains("older"), "{error}");
+        assert_eq!(test.client.last_tid(), Tid(10));
+    });
+}
+
+#[test]
+fn the_reason_of_a_failed_connection_is_told() {
+    let server = FakeServer::new(Encoding::Msgpack);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut peer = server.accept();
+            let id = peer.expect(|call| matches!(call, Call::Register { .. }));
+            let text = Value::Str("unknown storage: 1".into());
+            peer.fault(&id, "builtins.ValueError", Value::Tuple(vec![text]));
+        });
+        let test = TestClient::open(server.options());
+        let error = test.client.wait_connected(Duration::from_millis(500)).unwrap_err().to_string();
+        assert!(error.contains("unknown storage: 1"), "{error}");
+    });
+}
+
+#[test]
+fn wrong_protocols_are_refused_by_name() {
+    for announced in [&b"Z4"[..], b"SSH-2.0-x", b""] {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut options =
+            Options::new(vec![Address::tcp("127.0.0.1", listener.local_addr().unwrap().port())]);
+        options.wait_timeout = PATIENCE;
+        let test = TestClient::open(options);
+        let (mut socket, _) = listener.accept().unwrap();
+        let mut out = BytesMut::new();
+        put_frame(&mut out, announced).unwrap();
+        socket.write_all(&out).unwrap();
+        let error = test.client.wait_connected(Duration::from_millis(300)).unwrap_err().to_string();
+        assert!(error.contains("protocol"), "{announced:?}: {error}");
+    }
+}
+
+/// A server that accepts and closes is not stormed.
+#[test]
+fn an_early_disconnect_is_followed_by_a_delay() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let test =
+        TestClient::open(Options::new(vec![Address::tcp("127.0.0.1", listener.local_addr().unwrap().port())]));
+    let until = Instant::now() + Duration::from_secs(1);
+    listener.set_nonblocking(true).unwrap();
+    let mut count = 0;
+    while Instant::now() < until {
+        match listener.accept() {
+            Ok(_) => count += 1,
+            Err(_) => std::thread::yield_now(),
+        }
+    }
+    assert!((1..=15).contains(&count), "{count} connections in a second");
+    drop(test);
+}
+
+#[test]
+fn close_is_quick_in_every_state() {
+    // Nobody listens.
+    let unused = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    drop(TestClient::open(Options::new(vec![Address::tcp("127.0.0.1", unused)])));
+    // A server that accepts and says nothing.
+    let silent = TcpListener::bind("127.0.0.1:0").unwrap();
+    let test =
+        TestClient::open(Options::new(vec![Address::tcp("127.0.0.1", silent.local_addr().unwrap().port())]));
+    let _held = silent.accept().unwrap();
+    drop(test);
+    // A call that is never answered.
+    let server = FakeServer::new(Encoding::Msgpack);
+    std::thread::scope(|scope| {
+        let peer = scope.spawn(|| server.serve(Tid(10)));
+        let test = TestClient::open(server.options());
+        test.client.wait_connected(PATIENCE).unwrap();
+        let mut peer = peer.join().unwrap();
+        let client = test.client.clone();
+        let waiting = scope.spawn(move || client.read("ping", &Call::Ping));
+        peer.expect(|call| matches!(call, Call::Ping));
+        drop(test);
+        assert!(waiting.join().unwrap().unwrap_err().is_disconnected());
+        peer.wait_closed();
+    });
+}
+
+#[test]
+fn oids_of_a_lost_connection_are_not_used() {
+    let server = FakeServer::new(Encoding::Msgpack);
+    std::thread::scope(|scope| {
+        let peer = scope.spawn(|| server.serve(Tid(10)));
+        let test = TestClient::open(server.options());
+        test.client.wait_connected(PATIENCE).unwrap();
+        let mut peer = Some(peer.join().unwrap());
+        for first in [100, 200] {
+            let client = test.client.clone();
+            let asking = scope.spawn(move || client.new_oid());
+            let id = peer.as_mut().unwrap().expect(|call| matches!(call, Call::NewOids { .. }));
+            let oids = (first..first + 3).rev().map(|oid| oid_value(Oid(oid))).collect();
+            peer.as_mut().unwrap().reply(&id, &Value::List(oids));
+            assert_eq!(asking.join().unwrap().unwrap(), Oid(first));
+            assert_eq!(test.client.new_oid().unwrap(), Oid(first + 1));
+            peer.take();
+            test.wait_told(|told| *told == Told::Disconnected);
+            peer = Some(server.serve(Tid(10)));
+            test.client.wait_connected(PATIENCE).unwrap();
+        }
+    });
+}
+
+/// A callback that asks the server gets an error instead of waiting for itself.
+#[test]
+fn a_call_from_a_callback_is_refused() {
+    let server = FakeServer::new(Encoding::Msgpack);
+    std::thread::scope(|scope| {
+        let peer = scope.spawn(|| server.serve(Tid(10)));
+        let test = TestClient::open(server.options());
+        test.client.wait_connected(PATIENCE).unwrap();
+        let mut peer = peer.join().unwrap();
+        let client = test.client.clone();
+        let committing = scope.spawn(move || {
+            begin(&client)?;
+            client.tpc_vote(&key())?;
+            let inside = client.clone();
+            let (sender, receiver) = channel();
+            let finished = client.tpc_finish(
+                &key(),
+                Box::new(move |_| {
+                    sender.send(inside.read("ping", &Call::Ping)).unwrap();
+                    Ok(())
+                }),
+            );
+            assert!(matches!(receiver.recv().unwrap(), Err(ClientError::InCallback(_))));
+            finished
+        });
+        let id = peer.expect(|call| matches!(call, Call::Vote { .. }));
+        peer.reply(&id, &Value::List(Vec::new()));
+        let id = peer.expect(|call| matches!(call, Call::TpcFinish { .. }));
+        peer.reply(&id, &tid_value(Tid(20)));
+        assert_eq!(committing.join().unwrap().unwrap(), Tid(20));
+    });
+}
+
+/// A panic in a callback ends the connection, not the waiting.
+#[test]
+fn a_panic_fails_the_waiters() {
+    let server = FakeServer::new(Encoding::Msgpack);
+    std::thread::scope(|scope| {
+        let peer = scope.spawn(|| server.serve(Tid(10)));
+        let hook: Hook = Box::new(|told| assert!(!matches!(told, Told::Invalidate(Tid(12), _)), "as planned"));
+        let test = TestClient::with_hook(server.options(), hook);
+        test.client.wait_connected(PATIENCE).unwrap();
+        let mut peer = peer.join().unwrap();
+        let client = test.client.clone();
+        let waiting = scope.spawn(move || client.call("pack", &Call::Pack { time: 1.0, wait: true }));
+        peer.expect(|call| matches!(call, Call::Pack { .. }));
+        let bytes = peer.invalidation_bytes(Tid(12), &[Oid(1)]);
+        peer.write(&bytes);
+        let error = waiting.join().unwrap().unwrap_err();
+        assert!(error.to_string().contains("internal error"), "{error}");
+        assert!(test.client.read("ping", &Call::Ping).unwrap_err().to_string().contains("internal error"));
+    });
+}
+
+#[test]
+fn the_writable_server_is_found_while_reading_from_another() {
+    let servers = [FakeServer::new(Encoding::Msgpack), FakeServer::new(Encoding::Msgpack)];
+    std::thread::scope(|scope| {
+        let mut options = servers[0].options();
+        options.access = Access::Fallback;
+        options.timers.probe = Duration::from_millis(50);
+        let test = TestClient::open(options);
+        let mut peer = servers[0].accept();
+        let id = peer.expect(|call| matches!(call, Call::Register { read_only: false, .. }));
+        peer.fault(&id, "ZODB.POSException.ReadOnlyError", Value::Tuple(Vec::new()));
+        let id = peer.expect(|call| matches!(call, Call::Register { read_only: true, .. }));
+        peer.reply(&id, &tid_value(Tid(10)));
+        peer.get_info();
+        test.client.wait_connected(PATIENCE).unwrap();
+        assert!(test.client.is_read_only());
+        let port = servers[1].listener.local_addr().unwrap().port();
+        test.client.set_addresses(vec![Address::tcp("127.0.0.1", port)]);
+        let second = scope.spawn(|| servers[1].serve(Tid(10)));
+        let _second = second.join().unwrap();
+        test.wait_told(|told| *told == Told::Connected(2));
+        test.client.wait_connected(PATIENCE).unwrap();
+        assert!(!test.client.is_read_only());
+        peer.wait_closed();
+    });
+}
