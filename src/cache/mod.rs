@@ -94,7 +94,13 @@ impl Cache {
     /// An invalidation with the tid of the current revision itself (the reply that brought it overtook the
     /// invalidation) or an older one changes nothing.
     pub fn invalidate(&self, oid: Oid, tid: Option<Tid>) {
-        self.shard(oid).invalidate(oid, tid);
+        let change = {
+            let mut shard = self.shard(oid);
+            let before = shard.bytes();
+            shard.invalidate(oid, tid);
+            shard.bytes() as isize - before as isize
+        };
+        self.add(change);
     }
 
     /// Forgets everything.
@@ -165,6 +171,9 @@ impl Cache {
     }
 
     fn add(&self, change: isize) {
+        if change == 0 {
+            return;
+        }
         if change >= 0 {
             self.bytes.fetch_add(change as usize, Relaxed);
         } else {
