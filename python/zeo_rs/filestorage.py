@@ -8,9 +8,11 @@ import base64
 import contextlib
 import os
 import threading
+import uuid
 
 from persistent.TimeStamp import TimeStamp
 from zodbpickle.pickle import loads
+from ZODB.blob import rename_or_copy_blob
 from ZODB.BaseStorage import TransactionRecord as BaseTransactionRecord
 from ZODB.FileStorage import FileStorage as ZODBFileStorage
 from ZODB.interfaces import IBlobStorageRestoreable
@@ -183,6 +185,10 @@ class FileStorage(FileStorageBase, ZODBFileStorage):
         self._commit_lock.release()
 
     def undo(self, transaction_id, transaction):
+        if self._is_read_only:
+            raise ReadOnlyError()
+        if transaction is not self._transaction:
+            raise StorageTransactionError("undo called with wrong transaction")
         try:
             undone = base64.decodebytes(transaction_id + b"\n")
         except ValueError:
@@ -193,6 +199,24 @@ class FileStorage(FileStorageBase, ZODBFileStorage):
 
     def set_max_oid(self, oid):
         self._raise_oid(oid)
+
+    # -- blobs
+
+    def storeBlob(self, oid, oldserial, data, blobfilename, version, transaction):
+        if version:
+            raise TypeError("versions are not supported")
+        staged = self._staged_blob()
+        self._store_blob(oid, oldserial, data, staged, transaction)
+        # taken at once: a savepoint removes its files before the vote
+        rename_or_copy_blob(blobfilename, staged)
+
+    def restoreBlob(self, oid, serial, data, blobfilename, prev_txn, transaction):
+        staged = self._staged_blob()
+        self._restore_blob(oid, serial, data, staged, prev_txn, transaction)
+        rename_or_copy_blob(blobfilename, staged)
+
+    def _staged_blob(self):
+        return os.path.join(self.temporaryDirectory(), f"{uuid.uuid4().hex}.staged")
 
     # -- history
 

@@ -10,14 +10,27 @@ use crate::ids::{Oid, Tid};
 #[derive(Clone, Debug)]
 enum Step {
     /// Load as of some tid up to the last one; a miss is answered by the server and stored.
-    Load { oid: u8, back: u8 },
+    Load {
+        oid: u8,
+        back: u8,
+    },
     /// A transaction of others: invalidation, then the last tid.
-    Commit { oids: Vec<u8>, len: u8 },
+    Commit {
+        oids: Vec<u8>,
+        len: u8,
+    },
     /// A transaction whose load reply comes before its invalidation.
-    EarlyReply { oid: u8 },
+    EarlyReply {
+        oid: u8,
+    },
     /// This client's commit.
-    Own { oid: u8, len: u8 },
-    Forget { oid: u8 },
+    Own {
+        oid: u8,
+        len: u8,
+    },
+    Forget {
+        oid: u8,
+    },
     Clear,
 }
 
@@ -60,7 +73,9 @@ fn check(cache: &Cache, database: &Database, oid: u8, before: u64) -> bool {
     let (data, tid, end) = database.load(oid, before).expect("the cache has what the database has not");
     assert_eq!((&hit.data[..], hit.tid), (&data[..], Tid(tid)), "oid {oid} before {before}");
     // An end may not be known yet, but never a wrong one.
-    assert!(hit.end_tid == end.map(Tid) || (hit.end_tid.is_none() && end.is_none_or(|end| end > database.last)));
+    assert!(
+        hit.end_tid == end.map(Tid) || (hit.end_tid.is_none() && end.is_none_or(|end| end > database.last))
+    );
     true
 }
 

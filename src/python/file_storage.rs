@@ -5,8 +5,8 @@
 //!
 //! # Nobody sees a transaction before its callback has run
 //! The engine publishes a transaction to its readers before `finish` returns; the callback that ZODB's databases pass to
-//! `tpc_finish` runs after. Until it has returned, a read that met the new transaction is answered again as of the one
-//! before. That costs every other read one atomic load.
+//! `tpc_finish` runs after. A read that meets a revision of that transaction waits until the callback has returned (one
+//! made by the callback itself gets the revision before). That costs every other read one atomic load.
 //!
 //! # Cost
 //! A load that the page cache can answer keeps the GIL: it takes less time than giving it up and getting it back. One
@@ -14,7 +14,8 @@
 
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::thread::{self, ThreadId};
 
 use bytes::Bytes;
 use pyo3::exceptions::{PyTypeError, PyValueError};
@@ -55,9 +56,45 @@ struct Opened {
     engine: Arc<FileStorage>,
     /// What `lastTransaction()` answers: the newest tid whose callback has returned.
     published: AtomicU64,
-    /// True from before the engine publishes a transaction until its callback has returned.
-    publishing: AtomicBool,
+    publishing: Publishing,
     current: Mutex<Option<Current>>,
+}
+
+/// From before the engine publishes a transaction until its callback has returned.
+#[derive(Default)]
+struct Publishing {
+    active: AtomicBool,
+    by: Mutex<Option<ThreadId>>,
+    done: Condvar,
+}
+
+impl Publishing {
+    fn is_active(&self) -> bool {
+        self.active.load(Ordering::Acquire)
+    }
+
+    fn begin(&self) {
+        *locked(&self.by) = Some(thread::current().id());
+        self.active.store(true, Ordering::SeqCst);
+    }
+
+    fn end(&self) {
+        *locked(&self.by) = None;
+        self.active.store(false, Ordering::SeqCst);
+        self.done.notify_all();
+    }
+
+    /// Waits for the end. False at once in the thread that publishes.
+    fn wait(&self) -> bool {
+        let mut by = locked(&self.by);
+        while let Some(thread) = *by {
+            if thread == thread::current().id() {
+                return false;
+            }
+            by = self.done.wait(by).unwrap_or_else(PoisonError::into_inner);
+        }
+        true
+    }
 }
 
 /// The lock may be taken with the GIL held: nothing waits for the GIL while holding it.
@@ -69,6 +106,14 @@ impl FileStorageBase {
     /// The engine, for a server in the same process.
     pub(crate) fn engine(&self) -> PyResult<&Arc<FileStorage>> {
         Ok(&self.opened()?.engine)
+    }
+
+    /// For a call that writes: errors before any that the other arguments may give.
+    fn for_write(&self, transaction: &Bound<'_, PyAny>) -> PyResult<&Opened> {
+        let this = self.opened()?;
+        this.writable(transaction.py())?;
+        Opened::check(locked(&this.current).as_mut(), transaction)?;
+        Ok(this)
     }
 
     fn opened(&self) -> PyResult<&Opened> {
@@ -87,16 +132,16 @@ impl Opened {
             answer => answer,
         };
         let answer = load(before);
-        if !self.publishing.load(Ordering::Acquire) {
-            return answer;
+        match &answer {
+            Ok(Some(loaded)) if self.publishing.is_active() && loaded.tid > self.published() => {}
+            _ => return answer,
+        }
+        if py.detach(|| self.publishing.wait()) {
+            return load(before);
         }
         let published = self.published();
-        match load(before.min(published.next())) {
-            Ok(Some(loaded)) => {
-                Ok(Some(Loaded { end_tid: loaded.end_tid.filter(|end| *end <= published), ..loaded }))
-            }
-            answer => answer,
-        }
+        let answer = load(before.min(published.next()))?;
+        Ok(answer.map(|loaded| Loaded { end_tid: loaded.end_tid.filter(|end| *end <= published), ..loaded }))
     }
 
     /// Runs one call of the current transaction with its state taken out, so that Python code called from it (conflict
@@ -186,7 +231,7 @@ impl FileStorageBase {
         let opened = Opened {
             engine: Arc::new(engine),
             published: AtomicU64::new(last.0),
-            publishing: AtomicBool::new(false),
+            publishing: Publishing::default(),
             current: Mutex::new(None),
         };
         self.0.set(opened).map_err(|_| PyValueError::new_err("the storage is open already"))
@@ -245,10 +290,9 @@ impl FileStorageBase {
         let this = self.opened()?;
         let oid = oid_arg(oid)?;
         let tid = this.engine.current_tid(oid).or_raise(py)?;
-        if this.publishing.load(Ordering::Acquire)
-            && let Some(loaded) = this.load_published(py, oid, Tid::MAX).or_raise(py)?
-        {
-            return Ok(tid_bytes(py, loaded.tid));
+        if this.publishing.is_active() && tid > this.published() && !py.detach(|| this.publishing.wait()) {
+            let loaded = this.load_published(py, oid, Tid::MAX).or_raise(py)?;
+            return loaded.map(|loaded| tid_bytes(py, loaded.tid)).ok_or_else(|| errors::key_error(py, oid));
         }
         Ok(tid_bytes(py, tid))
     }
@@ -413,6 +457,7 @@ impl FileStorageBase {
         version: &Bound<'_, PyAny>,
         transaction: &Bound<'_, PyAny>,
     ) -> PyResult<()> {
+        let this = slf.get().for_write(transaction)?;
         no_version(Some(version))?;
         let op = Op::Store {
             oid: oid_arg(oid)?,
@@ -420,30 +465,25 @@ impl FileStorageBase {
             data: data_arg(data)?,
             blob: None,
         };
-        let this = slf.get().opened()?;
-        this.writable(slf.py())?;
         this.apply(slf, transaction, op).map(drop)
     }
 
-    #[pyo3(name = "storeBlob")]
-    fn store_blob(
+    /// `blobfilename`: a file in the temporary directory; it need not be there before the vote.
+    fn _store_blob(
         slf: &Bound<'_, Self>,
         oid: &Bound<'_, PyAny>,
         oldserial: &Bound<'_, PyAny>,
         data: &Bound<'_, PyAny>,
         blobfilename: PathBuf,
-        version: &Bound<'_, PyAny>,
         transaction: &Bound<'_, PyAny>,
     ) -> PyResult<()> {
-        no_version(Some(version))?;
+        let this = slf.get().for_write(transaction)?;
         let op = Op::Store {
             oid: oid_arg(oid)?,
             serial: serial_arg(oldserial)?,
             data: data_arg(data)?,
             blob: Some(blobfilename),
         };
-        let this = slf.get().opened()?;
-        this.writable(slf.py())?;
         this.apply(slf, transaction, op).map(drop)
     }
 
@@ -456,6 +496,7 @@ impl FileStorageBase {
         prev_txn: Option<&Bound<'_, PyAny>>,
         transaction: &Bound<'_, PyAny>,
     ) -> PyResult<()> {
+        let this = slf.get().for_write(transaction)?;
         no_version(Some(version))?;
         let op = Op::Restore {
             oid: oid_arg(oid)?,
@@ -464,13 +505,11 @@ impl FileStorageBase {
             prev_txn: prev_txn.map(tid_arg).transpose()?,
             blob: None,
         };
-        let this = slf.get().opened()?;
-        this.writable(slf.py())?;
         this.apply(slf, transaction, op).map(drop)
     }
 
-    #[pyo3(name = "restoreBlob")]
-    fn restore_blob(
+    /// See `_store_blob`.
+    fn _restore_blob(
         slf: &Bound<'_, Self>,
         oid: &Bound<'_, PyAny>,
         serial: &Bound<'_, PyAny>,
@@ -479,6 +518,7 @@ impl FileStorageBase {
         prev_txn: Option<&Bound<'_, PyAny>>,
         transaction: &Bound<'_, PyAny>,
     ) -> PyResult<()> {
+        let this = slf.get().for_write(transaction)?;
         let op = Op::Restore {
             oid: oid_arg(oid)?,
             serial: tid_arg(serial)?,
@@ -486,8 +526,6 @@ impl FileStorageBase {
             prev_txn: prev_txn.map(tid_arg).transpose()?,
             blob: Some(blobfilename),
         };
-        let this = slf.get().opened()?;
-        this.writable(slf.py())?;
         this.apply(slf, transaction, op).map(drop)
     }
 
@@ -498,9 +536,8 @@ impl FileStorageBase {
         oldserial: &Bound<'_, PyAny>,
         transaction: &Bound<'_, PyAny>,
     ) -> PyResult<()> {
+        let this = slf.get().for_write(transaction)?;
         let op = Op::Delete { oid: oid_arg(oid)?, serial: serial_arg(oldserial)? };
-        let this = slf.get().opened()?;
-        this.writable(slf.py())?;
         this.apply(slf, transaction, op).map(drop)
     }
 
@@ -511,8 +548,10 @@ impl FileStorageBase {
         serial: &Bound<'_, PyAny>,
         transaction: &Bound<'_, PyAny>,
     ) -> PyResult<()> {
+        let this = slf.get().opened()?;
+        Opened::check(locked(&this.current).as_mut(), transaction)?;
         let op = Op::CheckCurrent { oid: oid_arg(oid)?, serial: serial_arg(serial)? };
-        slf.get().opened()?.apply(slf, transaction, op).map(drop)
+        this.apply(slf, transaction, op).map(drop)
     }
 
     /// Undoes the transaction `undone`; answers the current transaction's tid and the oids written.
@@ -522,8 +561,7 @@ impl FileStorageBase {
         transaction: &Bound<'py, PyAny>,
     ) -> PyResult<(Bound<'py, PyBytes>, Vec<Bound<'py, PyBytes>>)> {
         let py = slf.py();
-        let this = slf.get().opened()?;
-        this.writable(py)?;
+        let this = slf.get().for_write(transaction)?;
         let (oids, tid) = this.apply(slf, transaction, Op::Undo { tid: tid_arg(undone)? })?;
         Ok((tid_bytes(py, tid), oids.into_iter().map(|oid| oid_bytes(py, oid)).collect()))
     }
@@ -561,7 +599,7 @@ impl FileStorageBase {
         let Some(Current { phase: Phase::Voted(voted), .. }) = current else {
             return Err(errors::transaction_error("tpc_finish without a successful tpc_vote"));
         };
-        this.publishing.store(true, Ordering::SeqCst);
+        this.publishing.begin();
         let mut committed = Tid::ZERO;
         let done =
             py.detach(|| this.engine.finish(vec![voted], &mut |done| committed = done.tid)).or_raise(py);
@@ -570,7 +608,7 @@ impl FileStorageBase {
             None => Ok(()),
         });
         this.published.fetch_max(committed.0, Ordering::AcqRel);
-        this.publishing.store(false, Ordering::SeqCst);
+        this.publishing.end();
         answer?;
         Ok(tid_bytes(py, committed))
     }
@@ -722,5 +760,6 @@ pub(crate) fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_class::<FileStorageBase>()?;
     m.add_class::<records::Transactions>()?;
     m.add_class::<records::Records>()?;
+    m.add_class::<records::RecordReader>()?;
     m.add_class::<records::Record>()
 }

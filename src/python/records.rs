@@ -44,12 +44,8 @@ impl Transactions {
         let bytes = |bytes: &[u8]| PyBytes::new(py, bytes);
         let (user, description) = (bytes(&info.meta.user), bytes(&info.meta.description));
         let (status, extension) = (char::from(info.status), bytes(&info.meta.extension));
-        let records = Records {
-            storage: self.storage.clone(),
-            tid: info.tid,
-            first: Mutex::new(Some(records)),
-            records: Mutex::new(None),
-        };
+        let records =
+            Records { storage: self.storage.clone(), tid: info.tid, first: Mutex::new(Some(records)) };
         (tid_bytes(py, info.tid), status, user, description, extension, records).into_pyobject(py).map(Some)
     }
 
@@ -65,12 +61,11 @@ pub(crate) struct Records {
     tid: Tid,
     /// The reader that came with the transaction, until it is used.
     first: Mutex<Option<Box<dyn RecordIterator>>>,
-    records: Mutex<Option<Box<dyn RecordIterator>>>,
 }
 
 #[pymethods]
 impl Records {
-    fn __iter__(&self, py: Python<'_>) -> PyResult<Self> {
+    fn __iter__(&self, py: Python<'_>) -> PyResult<RecordReader> {
         let first = self.first.lock().unwrap_or_else(PoisonError::into_inner).take();
         let records = match first {
             Some(records) => Some(records),
@@ -79,12 +74,22 @@ impl Records {
                 .or_raise(py)?
                 .map(|(_, records)| records),
         };
-        let (storage, tid) = (self.storage.clone(), self.tid);
-        Ok(Self { storage, tid, first: Mutex::new(None), records: Mutex::new(records) })
+        Ok(RecordReader(Mutex::new(records)))
+    }
+}
+
+/// Iterator over the records of one transaction; empty from its end on.
+#[pyclass(frozen, module = "zeo_rs._zeo", name = "_RecordReader")]
+pub(crate) struct RecordReader(Mutex<Option<Box<dyn RecordIterator>>>);
+
+#[pymethods]
+impl RecordReader {
+    fn __iter__(slf: PyRef<'_, Self>) -> PyRef<'_, Self> {
+        slf
     }
 
     fn __next__(&self, py: Python<'_>) -> PyResult<Option<Record>> {
-        let mut records = self.records.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut records = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(next) = records.as_mut().map(|records| records.next_record()) else { return Ok(None) };
         match next.or_raise(py)? {
             Some(record) => Ok(Some(Record::new(py, &record))),
@@ -96,8 +101,8 @@ impl Records {
     }
 }
 
-/// One data record (`IStorageRecordInformation`).
-#[pyclass(frozen, get_all, module = "zeo_rs._zeo")]
+/// One data record (`IStorageRecordInformation`). Wrapping storages put their transformed data into it.
+#[pyclass(get_all, set_all, module = "zeo_rs._zeo")]
 pub(crate) struct Record {
     oid: Py<PyBytes>,
     tid: Py<PyBytes>,
@@ -105,7 +110,6 @@ pub(crate) struct Record {
     data: Option<Py<PyBytes>>,
     /// Tid of the transaction that holds the data, if the record only points to it.
     data_txn: Option<Py<PyBytes>>,
-    version: &'static str,
 }
 
 impl Record {
@@ -115,7 +119,15 @@ impl Record {
             tid: tid_bytes(py, record.tid).unbind(),
             data: record.data.as_ref().map(|data| PyBytes::new(py, data).unbind()),
             data_txn: record.data_txn.map(|tid| tid_bytes(py, tid).unbind()),
-            version: "",
         }
+    }
+}
+
+#[pymethods]
+impl Record {
+    /// Versions are history.
+    #[getter]
+    fn version(&self) -> &'static str {
+        ""
     }
 }

@@ -15,8 +15,8 @@ use zeo_rs::ids::{Oid, Tid};
 use zeo_rs::net::Address;
 use zeo_rs::pickle::Value;
 use zeo_rs::wire::{
-    Call, ClientHello, Encoding, Fault, FrameReader, MessageId, Notice, Request, decode_request, encode_fault,
-    encode_loaded, encode_notice, encode_reply, put_frame,
+    Call, ClientHello, Encoding, Fault, FrameReader, MessageId, Notice, Request, decode_request,
+    encode_fault, encode_loaded, encode_notice, encode_reply, put_frame,
 };
 
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -83,7 +83,8 @@ impl TestClient {
     fn wait_told(&self, wanted: impl Fn(&Told) -> bool) -> Told {
         let deadline = Instant::now() + PATIENCE;
         loop {
-            let told = self.told.recv_timeout(deadline - Instant::now()).expect("the storage told its database");
+            let told =
+                self.told.recv_timeout(deadline - Instant::now()).expect("the storage told its database");
             if wanted(&told) {
                 return told;
             }
@@ -215,7 +216,8 @@ impl Peer {
 
     fn loaded_bytes(&self, oid: Oid, before: Tid, data: &[u8], tid: Tid, end: Option<Tid>) -> BytesMut {
         let mut out = BytesMut::new();
-        encode_loaded(self.encoding, &MessageId::Load { oid, before }, Some((data, tid, end)), &mut out).unwrap();
+        encode_loaded(self.encoding, &MessageId::Load { oid, before }, Some((data, tid, end)), &mut out)
+            .unwrap();
         out
     }
 
@@ -647,8 +649,10 @@ fn wrong_protocols_are_refused_by_name() {
 #[test]
 fn an_early_disconnect_is_followed_by_a_delay() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let test =
-        TestClient::open(Options::new(vec![Address::tcp("127.0.0.1", listener.local_addr().unwrap().port())]));
+    let test = TestClient::open(Options::new(vec![Address::tcp(
+        "127.0.0.1",
+        listener.local_addr().unwrap().port(),
+    )]));
     let until = Instant::now() + Duration::from_secs(1);
     listener.set_nonblocking(true).unwrap();
     let mut count = 0;
@@ -752,7 +756,8 @@ fn a_panic_fails_the_waiters() {
     let server = FakeServer::new(Encoding::Msgpack);
     std::thread::scope(|scope| {
         let peer = scope.spawn(|| server.serve(Tid(10)));
-        let hook: Hook = Box::new(|told| assert!(!matches!(told, Told::Invalidate(Tid(12), _)), "as planned"));
+        let hook: Hook =
+            Box::new(|told| assert!(!matches!(told, Told::Invalidate(Tid(12), _)), "as planned"));
         let test = TestClient::with_hook(server.options(), hook);
         test.client.wait_connected(PATIENCE).unwrap();
         let mut peer = peer.join().unwrap();
