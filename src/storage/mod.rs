@@ -6,10 +6,10 @@
 //! # Two-phase commit
 //! The caller stages a whole transaction ([`StagedTxn`]) without touching the storage, then
 //! [`Storage::vote`] checks it and promises that it can be committed, and [`Storage::finish`] commits a *group* of
-//! voted transactions: tids in the order given, one sync, then for each in tid order the index is updated, so that
-//! loads and `last_tid` show it, and then `publish` is called. (A server's sessions answer loads as of the last tid that
-//! they were told of, so a load that comes between the two shows nothing too early; the other order could show a
-//! revision as current that an announced transaction has ended.)
+//! voted transactions: tids in the order given, one sync, then for each in tid order the index is updated, `publish` is
+//! called, and `last_tid` moves. (A server's sessions answer loads as of the last tid that they were told of, so a load
+//! that comes before `publish` shows nothing too early; a reader that starts from `last_tid` never sees a transaction
+//! whose `publish` has not returned.)
 //!
 //! Between vote and finish the caller must keep every other transaction away from the voted oids (the server's oid
 //! locks; the one commit lock of an in-process storage). `undo`, `pack`'s switch and engines whose

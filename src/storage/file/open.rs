@@ -80,6 +80,7 @@ impl FileStorage {
         let writes = !options.read_only;
         let cannot_write = |e| StorageError::io(format!("cannot write {name}"), e);
         if !check_magic(&*file, &name)? && writes {
+            file.set_len(0).map_err(cannot_write)?;
             file.write_at(&MAGIC, 0).and_then(|()| file.sync_data()).map_err(cannot_write)?;
             sync_parent(&path).map_err(cannot_write)?;
         }

@@ -51,18 +51,22 @@ pub(super) struct Range {
     pub(super) stop: Option<Tid>,
 }
 
-/// Checks the magic number. `false`: the file is empty.
+/// Checks the magic number. `false`: the file is empty, or its creation was interrupted.
 pub(super) fn check_magic(file: &dyn StorageFile, name: &str) -> Result<bool> {
-    let mut magic = [0; 4];
-    let n = file.read_at(&mut magic, 0).map_err(|e| StorageError::io(format!("cannot read {name}"), e))?;
-    match (n, magic) {
-        (0, _) => Ok(false),
-        (4, MAGIC) => Ok(true),
-        (4, [b'F', b'S', b'2', b'1']) => {
-            Err(StorageError::Format(format!("{name} was written by Python 2: convert it with zodbupdate")))
-        }
-        _ => Err(StorageError::Format(format!("{name} is not a FileStorage data file"))),
+    let mut start = [0; 5];
+    let n = file.read_at(&mut start, 0).map_err(|e| StorageError::io(format!("cannot read {name}"), e))?;
+    let start = start.get(..n).unwrap_or_default();
+    if start.starts_with(&MAGIC) {
+        return Ok(true);
     }
+    let written = start.iter().zip(&MAGIC).take_while(|(a, b)| a == b).count();
+    if n <= MAGIC.len() && start.iter().skip(written).all(|&b| b == 0) {
+        return Ok(false);
+    }
+    Err(StorageError::Format(match start.starts_with(b"FS21") {
+        true => format!("{name} was written by Python 2: convert it with zodbupdate"),
+        false => format!("{name} is not a FileStorage data file"),
+    }))
 }
 
 /// See the module documentation. The file begins with the magic number.
