@@ -319,4 +319,34 @@ mod tests {
         swapped[at..at + 4].copy_from_slice(&[0, 2, 0, 1]);
         assert!(parse(&swapped).is_none(), "oids out of order");
     }
+
+    /// Saving goes on beside commits: positions that are newer than the end it is saved for must not get in.
+    #[test]
+    fn what_is_written_meanwhile_is_left_out() {
+        use crate::ids::Tid;
+        use crate::storage::{NoResolution, Op, StagedTxn, Storage, VoteOutcome};
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("Data.fs");
+        let storage = crate::storage::file::FileStorage::open(&path, Default::default()).unwrap();
+        let commit = |oids: std::ops::Range<u64>| {
+            let store = |oid| {
+                let serial = storage.current_tid(Oid(oid)).unwrap_or(Tid::ZERO);
+                Op::Store { oid: Oid(oid), serial, data: "data".into(), blob: None }
+            };
+            let txn = StagedTxn { ops: oids.map(store).collect(), ..Default::default() };
+            let Ok(VoteOutcome::Ready(voted)) = storage.vote(txn, &NoResolution) else { panic!() };
+            storage.finish(vec![voted], &mut |_| ()).unwrap();
+        };
+        commit(0..40);
+        let (snapshot, end) = (storage.snapshot(), storage.size());
+        let saved = || {
+            let mut out = Vec::new();
+            write(&mut out, &snapshot, end).unwrap().unwrap();
+            out
+        };
+        let before = saved();
+        commit(10..60);
+        commit(20..70);
+        assert_eq!(saved(), before);
+    }
 }

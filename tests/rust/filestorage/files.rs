@@ -174,29 +174,3 @@ fn tids_ascend_whatever_the_clock_says() {
     let storage = FileStorage::open(&path, FileStorageOptions::default()).unwrap();
     assert_eq!(commit(&storage, vec![]), Tid(future.0 + 2));
 }
-
-#[test]
-fn a_saved_index_covers_only_what_it_says() {
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("Data.fs");
-    let storage = FileStorage::open(&path, FileStorageOptions::default()).unwrap();
-    let first = commit(&storage, (0..300).map(|oid| store(oid, Tid::ZERO, "one")).collect());
-    std::thread::scope(|s| {
-        s.spawn(|| (0..20).for_each(|_| storage.checkpoint().unwrap()));
-        let mut tid = first;
-        for _ in 0..50 {
-            tid = commit(&storage, (0..300).map(|oid| store(oid, tid, "more")).collect());
-        }
-    });
-    // As if killed: copied, not closed.
-    let copy = dir.path().join("copy.fs");
-    for suffix in ["", ".index"] {
-        let name = |base: &Path| format!("{}{suffix}", base.display());
-        fs::copy(name(&path), name(&copy)).unwrap();
-    }
-    let copied = FileStorage::open(&copy, FileStorageOptions::default()).unwrap();
-    assert!(copied.used_index());
-    for oid in 0..300 {
-        assert_eq!(copied.snapshot().index.get(Oid(oid)), storage.snapshot().index.get(Oid(oid)));
-    }
-}
