@@ -4,12 +4,13 @@ from importlib import import_module
 
 from zeo_rs._zeo import __version__
 
-__all__ = ["DB", "ClientStorage", "FileStorage", "__version__", "client", "connection", "server"]
+__all__ = ["DB", "ClientStorage", "FileStorage", "TLS", "__version__", "client", "connection", "server"]
 
 # imported when asked for: a client process has no use for the server and the storage engine
 _WHERE = {
     "ClientStorage": "zeo_rs.clientstorage",
     "FileStorage": "zeo_rs.filestorage",
+    "TLS": "zeo_rs.tls",
     "DB": "zeo_rs.shortcuts",
     "client": "zeo_rs.shortcuts",
     "connection": "zeo_rs.shortcuts",

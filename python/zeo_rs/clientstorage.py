@@ -22,6 +22,7 @@ from . import _zeo
 from .blobcache import BlobCache, SharedBlobs
 from .exceptions import ClientDisconnected
 from .interfaces import StaleCache
+from .tls import client_tls
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +64,8 @@ class ClientStorage(ConflictResolvingStorage, _zeo.ClientStorageBase):
         many percent of them to look.
     client_label
         Shown in the server's log.
+    ssl, ssl_server_hostname
+        ``zeo_rs.TLS`` or an ``ssl.SSLContext``: speak TLS; the host name to check instead of the address's.
     server_sync
         Whether ``sync()``, called when a transaction begins, asks the server for everything committed until now.
     """
@@ -143,6 +146,7 @@ class ClientStorage(ConflictResolvingStorage, _zeo.ClientStorageBase):
             wait_timeout,
             cache_size,
             client_label,
+            client_tls(ssl, ssl_server_hostname),
         )
         if wait:
             try:

@@ -37,6 +37,8 @@ pub(super) enum DialError {
     ReadOnly,
     #[error("the server closed the connection {0}")]
     Closed(&'static str),
+    #[error("the server speaks TLS: give ssl (an <ssl> section), with the certificates it wants")]
+    SpeaksTls,
     #[error("unexpected answer to {0}")]
     Unexpected(&'static str),
     #[error("{0}")]
@@ -51,9 +53,12 @@ pub(super) fn dial(
     cancelled: &AtomicBool,
 ) -> Result<Registered, DialError> {
     let deadline = Instant::now() + options.timers.handshake;
-    let stream = Stream::connect(address, options.tls.as_ref(), deadline, cancelled)?;
+    let stream = Stream::connect(address, options.tls.as_deref(), deadline, cancelled)?;
     let mut inbox = Inbox::default();
     let announced = loop {
+        if inbox.is_tls() {
+            return Err(DialError::SpeaksTls);
+        }
         if let Some(frame) = inbox.next_frame()? {
             break frame;
         }

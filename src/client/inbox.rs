@@ -6,6 +6,7 @@ use bytes::BytesMut;
 
 use super::stream::Stream;
 use crate::limits::MAX_FRAME;
+use crate::net::tls::looks_like_tls;
 use crate::wire::{self, Encoding, FrameReader, ServerMessage, WireError};
 
 /// One `recv` takes at most this much: a few hundred small answers, or a part of a large one.
@@ -37,6 +38,11 @@ impl Inbox {
         let count = stream.read(&mut self.chunk, now)?;
         self.received.extend_from_slice(self.chunk.get(..count).unwrap_or_default());
         Ok(count > 0)
+    }
+
+    /// What has been received begins as TLS does.
+    pub(super) fn is_tls(&self) -> bool {
+        looks_like_tls(&self.received)
     }
 
     /// The first frame, before there is an encoding.

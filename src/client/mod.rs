@@ -47,7 +47,7 @@ use transaction::Txn;
 
 pub use core::{DatabaseCallbacks, Session};
 pub use error::{CallbackError, ClientError, Result};
-pub use options::{Access, ClientTls, Options, Timers};
+pub use options::{Access, Options, Timers};
 pub use transaction::FinishCallback;
 
 /// How long `close` waits for the background thread.

@@ -1,10 +1,10 @@
 //! What a client is told when it is made.
 
-use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
 use crate::net::Address;
+use crate::net::tls::ClientTls;
 
 /// What kind of connection is wanted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -13,20 +13,6 @@ pub enum Access {
     ReadOnly,
     /// Writable if any server gives it, read-only until then.
     Fallback,
-}
-
-/// TLS as the client uses it: the name to verify, and who is trusted.
-#[derive(Clone)]
-pub struct ClientTls {
-    pub config: Arc<rustls::ClientConfig>,
-    /// Overrides the host of the address.
-    pub server_name: Option<String>,
-}
-
-impl fmt::Debug for ClientTls {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("ClientTls").field("server_name", &self.server_name).finish_non_exhaustive()
-    }
 }
 
 #[derive(Clone, Debug)]
@@ -43,7 +29,7 @@ pub struct Options {
     pub cache_size: usize,
     /// Shown in the server's log.
     pub label: Option<String>,
-    pub tls: Option<ClientTls>,
+    pub tls: Option<Arc<ClientTls>>,
     pub timers: Timers,
 }
 

@@ -1,4 +1,4 @@
-//! The socket: TCP, unix, or TLS over TCP, read and written by different threads at once.
+//! The socket: TCP or unix, plain or TLS, read and written by different threads at once.
 //!
 //! The socket stays in blocking mode. A reader that has nothing else to do blocks in `recv` itself: one system call
 //! for a reply, not a poll and a read. [`Stream::shutdown`] ends every blocked call.
@@ -8,15 +8,15 @@ use std::net::TcpStream;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{RecvFlags, SendFlags};
 use socket2::{SockRef, TcpKeepalive};
 
-use super::options::ClientTls;
 use crate::net::Address;
+use crate::net::tls::{ClientSession, ClientTls};
 
 /// A dead peer is noticed after about this long without an answer to the kernel's probes.
 const DEAD_AFTER: Duration = Duration::from_secs(20);
@@ -30,7 +30,7 @@ const CONNECT: Duration = Duration::from_secs(5);
 #[derive(Debug)]
 pub(super) struct Stream {
     socket: Socket,
-    tls: Option<Mutex<rustls::ClientConnection>>,
+    tls: Option<Mutex<ClientSession>>,
     /// As `str((host, port))` or the path: what `sortKey` is made of.
     pub(super) peer: Peer,
 }
@@ -64,30 +64,24 @@ impl Stream {
         deadline: Instant,
         cancelled: &AtomicBool,
     ) -> io::Result<Self> {
-        match address {
+        let (mut stream, host) = match address {
             Address::Unix(path) => {
-                if tls.is_some() {
-                    return Err(io::Error::other("TLS is for TCP addresses, this is a unix socket"));
-                }
-                let socket = UnixStream::connect(path)?;
-                let peer = Peer::Unix(path.display().to_string());
-                Ok(Self { socket: Socket::Unix(socket), tls: None, peer })
+                let socket = Socket::Unix(UnixStream::connect(path)?);
+                (Self { socket, tls: None, peer: Peer::Unix(path.display().to_string()) }, None)
             }
             Address::Tcp { host, .. } => {
                 let host = if host.is_empty() { LOCAL } else { host.as_str() };
                 let socket = connect_tcp(address, deadline)?;
                 let remote = socket.peer_addr()?;
-                let mut stream = Self {
-                    socket: Socket::Tcp(socket),
-                    tls: None,
-                    peer: Peer::Tcp { host: remote.ip().to_string(), port: remote.port() },
-                };
-                if let Some(tls) = tls {
-                    stream.start_tls(tls, host, deadline, cancelled)?;
-                }
-                Ok(stream)
+                let peer = Peer::Tcp { host: remote.ip().to_string(), port: remote.port() };
+                (Self { socket: Socket::Tcp(socket), tls: None, peer }, Some(host))
             }
+        };
+        if let Some(tls) = tls {
+            let session = tls.session(host, &address.to_string()).map_err(io::Error::other)?;
+            stream.start_tls(session, deadline, cancelled)?;
         }
+        Ok(stream)
     }
 
     #[cfg(test)]
@@ -97,40 +91,30 @@ impl Stream {
 
     fn start_tls(
         &mut self,
-        tls: &ClientTls,
-        host: &str,
+        mut session: ClientSession,
         deadline: Instant,
         cancelled: &AtomicBool,
     ) -> io::Result<()> {
-        let name = tls.server_name.as_deref().unwrap_or(host).to_owned();
-        let name = rustls::pki_types::ServerName::try_from(name.clone())
-            .map_err(|_| io::Error::other(format!("TLS: {name:?} is no host name")))?;
-        let mut connection = rustls::ClientConnection::new(tls.config.clone(), name).map_err(tls_error)?;
-        while connection.is_handshaking() {
-            while connection.wants_write() {
-                connection.write_tls(&mut RawWriter(self))?;
+        let mut buffer = [0; 16384];
+        loop {
+            while session.wants_write() {
+                session.write_tls(&mut RawWriter(self))?;
             }
-            if !connection.is_handshaking() {
+            if !session.is_handshaking() {
                 break;
             }
             self.wait_readable(deadline, cancelled)?;
-            let mut buffer = [0; 16384];
-            let count = self.receive(&mut buffer, false)?;
+            let count =
+                self.receive(&mut buffer, false).map_err(|error| io::Error::other(session.failed(&error)))?;
             if count == 0 {
-                return Err(io::Error::other(
-                    "TLS: the server closed the connection during the handshake (does it speak TLS, and does it accept our certificate?)",
-                ));
+                return Err(io::Error::other(session.closed()));
             }
-            let mut bytes = &buffer[..count];
-            while !bytes.is_empty() {
-                connection.read_tls(&mut bytes)?;
-                connection.process_new_packets().map_err(tls_error)?;
+            if let Err(error) = session.receive(buffer.get(..count).unwrap_or_default()) {
+                while session.wants_write() && session.write_tls(&mut RawWriter(self)).is_ok() {}
+                return Err(io::Error::other(error));
             }
         }
-        while connection.wants_write() {
-            connection.write_tls(&mut RawWriter(self))?;
-        }
-        self.tls = Some(Mutex::new(connection));
+        self.tls = Some(Mutex::new(session));
         Ok(())
     }
 
@@ -139,7 +123,7 @@ impl Stream {
         let Some(tls) = &self.tls else { return self.receive(buffer, now) };
         let mut raw = [0; 16384];
         loop {
-            match tls.lock().unwrap_or_else(PoisonError::into_inner).reader().read(buffer) {
+            match lock(tls).read(buffer) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 other => return other,
             }
@@ -147,12 +131,7 @@ impl Stream {
             if count == 0 {
                 return Ok(0);
             }
-            let mut connection = tls.lock().unwrap_or_else(PoisonError::into_inner);
-            let mut bytes = &raw[..count];
-            while !bytes.is_empty() {
-                connection.read_tls(&mut bytes)?;
-                connection.process_new_packets().map_err(tls_error)?;
-            }
+            lock(tls).receive(raw.get(..count).unwrap_or_default()).map_err(io::Error::other)?;
         }
     }
 
@@ -163,10 +142,14 @@ impl Stream {
             // The ciphertext is taken out under the lock and written without it: the reader must go on meanwhile.
             let mut ciphertext = Vec::with_capacity(chunk.len() + 256);
             {
-                let mut connection = tls.lock().unwrap_or_else(PoisonError::into_inner);
-                connection.writer().write_all(chunk)?;
-                while connection.wants_write() {
-                    connection.write_tls(&mut ciphertext)?;
+                let mut session = lock(tls);
+                let mut rest = chunk;
+                while !rest.is_empty() {
+                    let count = session.write(rest)?;
+                    rest = rest.get(count..).unwrap_or_default();
+                    while session.wants_write() {
+                        session.write_tls(&mut ciphertext)?;
+                    }
                 }
             }
             RawWriter(self).write_all(&ciphertext)?;
@@ -176,10 +159,7 @@ impl Stream {
 
     /// True if [`Self::read`] has something without asking the socket.
     pub(super) fn has_buffered(&self) -> bool {
-        self.tls.as_ref().is_some_and(|tls| {
-            let mut connection = tls.lock().unwrap_or_else(PoisonError::into_inner);
-            connection.process_new_packets().is_ok_and(|state| state.plaintext_bytes_to_read() > 0)
-        })
+        self.tls.as_ref().is_some_and(|tls| lock(tls).has_plaintext())
     }
 
     /// Waits until `deadline`; `TimedOut` or `Interrupted` otherwise.
@@ -277,8 +257,9 @@ fn connect_tcp(address: &Address, deadline: Instant) -> io::Result<TcpStream> {
     Err(last)
 }
 
-fn tls_error(error: rustls::Error) -> io::Error {
-    io::Error::other(format!("TLS: {error}"))
+/// A panic while it was held has ended the connection; there is nothing to protect.
+fn lock(tls: &Mutex<ClientSession>) -> MutexGuard<'_, ClientSession> {
+    tls.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Wakes a thread that sleeps in [`Stream::poll`] or [`Wake::wait`].

@@ -14,6 +14,7 @@ use pyo3::types::{PyBytes, PyDict, PyString, PyTuple, PyWeakrefReference};
 
 use super::client_errors::client_error;
 use super::convert::{data_arg, oid_arg, oid_bytes, optional_tid_arg, serial_arg, tid_arg, tid_bytes};
+use super::tls::PyClientTls;
 use super::values::{from_python, to_python};
 use super::{errors, logging};
 use crate::client::{
@@ -49,7 +50,7 @@ impl ClientStorageBase {
 
     /// Starts the client. `addresses`: text is a path, a pair host and port. `access`: `w`, `r`, or `wr` for
     /// writable with fallback.
-    #[pyo3(signature = (addresses, storage, name, access, wait_timeout, cache_size, label=None))]
+    #[pyo3(signature = (addresses, storage, name, access, wait_timeout, cache_size, label=None, tls=None))]
     #[allow(clippy::too_many_arguments)]
     fn _open(
         slf: &Bound<'_, Self>,
@@ -60,6 +61,7 @@ impl ClientStorageBase {
         wait_timeout: f64,
         cache_size: usize,
         label: Option<String>,
+        tls: Option<PyRef<'_, PyClientTls>>,
     ) -> PyResult<()> {
         let py = slf.py();
         logging::refresh(py);
@@ -75,6 +77,7 @@ impl ClientStorageBase {
             .map_err(|_| PyValueError::new_err(format!("wait_timeout is no duration: {wait_timeout}")))?;
         options.cache_size = cache_size;
         options.label = label;
+        options.tls = tls.map(|tls| tls.0.clone());
         let callbacks = Arc::new(Callbacks(PyWeakrefReference::new(slf)?.unbind()));
         let client = Client::open(options, callbacks).map_err(|error| client_error(py, error))?;
         slf.get()

@@ -10,6 +10,7 @@ mod logging;
 mod records;
 mod served_storage;
 mod server;
+mod tls;
 mod values;
 
 use pyo3::prelude::*;
@@ -21,5 +22,6 @@ fn _zeo(m: &Bound<'_, PyModule>) -> PyResult<()> {
     client_storage::register(m)?;
     file_storage::register(m)?;
     server::register(m)?;
+    tls::register(m)?;
     Ok(())
 }

@@ -10,6 +10,7 @@ use pyo3::types::{PyDict, PyTuple};
 
 use super::errors;
 use super::served_storage::{PythonResolver, ServedStorage};
+use super::tls::PyServerTls;
 use crate::ids::Tid;
 use crate::net::Address;
 use crate::server::{Server, ServerConfig, ServerError, ServerHandle};
@@ -136,6 +137,10 @@ fn config_of(options: &Bound<'_, PyDict>) -> PyResult<ServerConfig> {
             "max_connections" => config.max_connections = value.extract()?,
             "max_unread" => config.max_unread = value.extract()?,
             "max_staged" => config.max_staged = value.extract()?,
+            "tls" => {
+                let tls: Option<PyRef<'_, PyServerTls>> = value.extract()?;
+                config.tls = tls.map(|tls| tls.0.clone());
+            }
             "workers" => config.workers = value.extract()?,
             _ => return Err(PyTypeError::new_err(format!("{name:?} is no option of a server"))),
         }

@@ -24,6 +24,7 @@ use super::Shared;
 use super::blobs::BlobStream;
 use super::session::{HIGH_WATER, Session};
 use super::status;
+use crate::net::tls::looks_like_tls;
 use crate::wire::{ClientHello, Encoding, FrameReader, decode_request, put_frame};
 
 /// A read buffer is this large, unless a larger frame has begun; that of an idle connection is given back.
@@ -121,10 +122,13 @@ where
     let announced = if server.config.msgpack { Encoding::Msgpack } else { Encoding::Pickle };
     let mut out = BytesMut::new();
     put_frame(&mut out, announced.protocol()).map_err(|error| error.to_string())?;
-    if socket.write_all(&out).await.is_err() {
+    if socket.write_all(&out).await.is_err() || socket.flush().await.is_err() {
         return Ok(None);
     }
     let frame = loop {
+        if looks_like_tls(received) {
+            return Err("it speaks TLS, and this server does not (it has no <ssl> section)".into());
+        }
         if let Some(frame) = frames.next_frame(received).map_err(|error| error.to_string())? {
             break frame;
         }
@@ -252,6 +256,10 @@ async fn transfer<S: AsyncRead + AsyncWrite + Unpin>(
                     Transfer::Moved
                 }
             });
+        }
+        // TLS may hold what the socket did not take; plain sockets have nothing to flush.
+        if out.is_empty() && matches!(Pin::new(&mut *socket).poll_flush(cx), Poll::Ready(Err(_))) {
+            return Poll::Ready(Transfer::Ended);
         }
         if out.len() < HIGH_WATER
             && let Some(stream) = stream

@@ -20,6 +20,7 @@ use super::connection::{Socket, serve};
 use super::hub::{Hub, HubOptions};
 use super::{ServerConfig, Shared, locks::LockHolder};
 use crate::net::Address;
+use crate::net::tls::{ServerTls, TlsError};
 use crate::storage::{Storage, StorageError};
 
 const BACKLOG: i32 = 1024;
@@ -357,9 +358,30 @@ async fn accept(
         tracing::debug!(client = %peer, "connected");
         let (shared, stopped, open) = (Arc::clone(&shared), stopped.clone(), Arc::clone(&open));
         connections.spawn(async move {
-            serve(shared, socket, peer, stopped).await;
+            match shared.config.tls.clone() {
+                None => serve(shared, socket, peer, stopped).await,
+                Some(tls) => Box::pin(serve_tls(shared, &tls, socket, peer, stopped)).await,
+            }
             open.fetch_sub(1, Ordering::Relaxed);
         });
+    }
+}
+
+async fn serve_tls(
+    shared: Arc<Shared>,
+    tls: &ServerTls,
+    socket: Socket,
+    peer: String,
+    mut stopped: watch::Receiver<bool>,
+) {
+    let shaken = tokio::select! {
+        shaken = tls.accept(socket, &peer, shared.config.handshake_timeout) => shaken,
+        _ = stopped.wait_for(|stop| *stop) => return,
+    };
+    match shaken {
+        Ok(stream) => serve(shared, stream, peer, stopped).await,
+        Err(TlsError::HungUp) => tracing::debug!(client = %peer, "connection without a client closed"),
+        Err(error) => tracing::info!(client = %peer, "{error}"),
     }
 }
 

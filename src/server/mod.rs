@@ -34,6 +34,7 @@ use std::time::Duration;
 
 use crate::limits;
 use crate::net::Address;
+use crate::net::tls::ServerTls;
 use crate::storage::{ConflictResolver, NoResolution, References};
 use hub::Hub;
 pub use listener::{Server, ServerError, ServerHandle};
@@ -70,6 +71,8 @@ pub struct ServerConfig {
     pub handshake_timeout: Duration,
     /// How long a stopping server waits for clients that have voted to finish.
     pub shutdown_grace: Duration,
+    /// Speak TLS, with clients that show a certificate it trusts.
+    pub tls: Option<Arc<ServerTls>>,
     /// Threads of the event loop; `None`: one a core, at least two.
     pub workers: Option<usize>,
 }
@@ -92,6 +95,7 @@ impl Default for ServerConfig {
             max_staged: 4 << 30,
             handshake_timeout: Duration::from_secs(60),
             shutdown_grace: Duration::from_secs(5),
+            tls: None,
             workers: None,
         }
     }

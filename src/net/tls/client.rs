@@ -194,6 +194,11 @@ impl ClientSession {
         self.connection.writer().write(plaintext)
     }
 
+    /// The whole story for an error of the socket.
+    pub fn failed(&self, error: &io::Error) -> TlsError {
+        self.explain.io(error)
+    }
+
     /// The socket ended during the handshake.
     pub fn closed(&self) -> TlsError {
         self.explain.closed()

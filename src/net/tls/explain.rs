@@ -4,6 +4,7 @@
 //! the refusing one the whole reason, the refused one what the alert means for its configuration.
 
 use std::io;
+use std::time::Duration;
 
 use rustls::{AlertDescription, Error, InvalidMessage, PeerIncompatible};
 
@@ -84,11 +85,12 @@ impl Explain {
         ))
     }
 
-    pub(super) fn silent(&self, seconds: u64) -> TlsError {
+    pub(super) fn silent(&self, waited: Duration) -> TlsError {
         TlsError::Failed(format!(
-            "TLS with {} failed: no TLS hello in {seconds} s. A client without TLS waits for the server to speak first: configure it \
+            "TLS with {} failed: no TLS hello in {} s. A client without TLS waits for the server to speak first: configure it \
              with ssl",
-            self.peer
+            self.peer,
+            waited.as_secs()
         ))
     }
 

@@ -11,7 +11,6 @@ mod explain;
 mod key;
 mod pem;
 mod server;
-mod stream;
 mod trust;
 mod verify;
 
@@ -26,7 +25,6 @@ pub use client::{ClientSession, ClientTls, ClientTlsOptions, TlsVersion};
 pub use explain::{TLS_HELLO, looks_like_tls};
 pub use key::Password;
 pub use server::{ServerTls, ServerTlsOptions};
-pub use stream::ServerStream;
 
 use certificate::Certificate;
 use pem::PemFile;
@@ -144,6 +142,9 @@ pub enum TlsError {
     NoHostName,
     #[error("TLS: {0}")]
     Unsupported(String),
+    /// The client closed the connection before it said anything: a port scan, a probe.
+    #[error("TLS: the client closed the connection without a word")]
+    HungUp,
     /// A connection failed: the whole story, with the peer's name.
     #[error("{0}")]
     Failed(String),

@@ -1,5 +1,6 @@
 //! The server's side: every client must show a certificate, as with ZEO's `<ssl>` section.
 
+use std::io;
 use std::path::PathBuf;
 use std::sync::{Arc, RwLock};
 use std::time::Duration;
@@ -19,6 +20,9 @@ use super::{Authenticate, PemSource, TlsError, Trust, provider, read_added};
 /// What a plaintext client that waited in silence is sent before it is hung up on: the alert `handshake_failure`, by which ours knows that
 /// the server speaks TLS.
 const SILENCE_ALERT: [u8; 7] = [0x15, 3, 3, 0, 2, 2, 40];
+
+/// How long a client may take to say hello, which it does at once; one without TLS waits for the server, and is told after this.
+const HELLO: Duration = Duration::from_secs(5);
 
 /// ZEO's server `<ssl>` section.
 #[derive(Debug, Clone)]
@@ -81,9 +85,11 @@ impl ServerTls {
         };
 
         let deadline = tokio::time::Instant::now() + within;
+        let hello_within = within.min(HELLO);
         let mut hello = std::pin::pin!(LazyConfigAcceptor::new(Acceptor::default(), stream));
-        let start = match tokio::time::timeout_at(deadline, hello.as_mut()).await {
+        let start = match tokio::time::timeout(hello_within, hello.as_mut()).await {
             Ok(Ok(start)) => start,
+            Ok(Err(error)) if is_end(&error) => return Err(TlsError::HungUp),
             Ok(Err(error)) => return Err(explain.io(&error)),
             Err(_) => {
                 if let Some(mut stream) = hello.take_io() {
@@ -91,7 +97,7 @@ impl ServerTls {
                     // It is hung up on anyway.
                     let _ = tokio::time::timeout(Duration::from_secs(1), told).await;
                 }
-                return Err(explain.silent(within.as_secs()));
+                return Err(explain.silent(hello_within));
             }
         };
         let mut config = ServerConfig::builder_with_provider(provider)
@@ -107,6 +113,13 @@ impl ServerTls {
             Err(_) => Err(explain.closed()),
         }
     }
+}
+
+/// The peer went away (and did not answer what it was told).
+fn is_end(error: &io::Error) -> bool {
+    use io::ErrorKind as K;
+    matches!(error.kind(), K::UnexpectedEof | K::ConnectionReset | K::BrokenPipe)
+        && error.get_ref().is_none_or(|inner| !inner.is::<rustls::Error>())
 }
 
 impl ServerTlsOptions {
