@@ -208,8 +208,12 @@ impl<'a> Machine<'a> {
                 let top = self.top()?;
                 self.stack.push(top);
             }
-            _ if self.marks.last() == Some(&self.stack.len()) => drop(self.marks.pop()),
-            _ => drop(self.pop()?),
+            _ if self.marks.last() == Some(&self.stack.len()) => {
+                self.marks.pop();
+            }
+            _ => {
+                self.pop()?;
+            }
         }
         Ok(())
     }

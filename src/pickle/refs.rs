@@ -293,9 +293,11 @@ impl<'r> Run<'_, '_, 'r> {
                 self.machine.stack.truncate(mark);
             }
             _ if self.machine.marks.last() == Some(&self.machine.stack.len()) => {
-                drop(self.machine.marks.pop())
+                self.machine.marks.pop();
             }
-            _ => drop(self.pop()?),
+            _ => {
+                self.pop()?;
+            }
         }
         Ok(())
     }
