@@ -68,6 +68,13 @@ impl PyServer {
         self.addresses.iter().map(|address| address_value(py, address)).collect()
     }
 
+    /// Where operators are answered over HTTP, or `None`.
+    #[getter]
+    fn http_address<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyAny>>> {
+        let handle = self.handle.lock().unwrap_or_else(PoisonError::into_inner);
+        handle.http_address().map(|address| address_value(py, address)).transpose()
+    }
+
     /// The status of all storages as JSON text, as `ruok` answers it.
     fn status(&self, py: Python<'_>) -> String {
         py.detach(|| self.handle.lock().unwrap_or_else(PoisonError::into_inner).status_json())
@@ -131,6 +138,7 @@ fn config_of(options: &Bound<'_, PyDict>) -> PyResult<ServerConfig> {
             "invalidation_queue_size" => config.invalidation_queue_size = value.extract()?,
             "invalidation_age" => config.invalidation_age = seconds()?,
             "transaction_timeout" => config.transaction_timeout = seconds()?,
+            "http" => config.http = if value.is_none() { None } else { Some(address_of(&value)?) },
             "shutdown_grace" => config.shutdown_grace = seconds()?.unwrap_or_default(),
             "handshake_timeout" => config.handshake_timeout = seconds()?.unwrap_or(config.handshake_timeout),
             "max_frame" => config.max_frame = value.extract()?,

@@ -11,6 +11,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
+use std::time::Instant;
 
 use super::hub::{Hub, count};
 use super::locks::LockGuard;
@@ -110,6 +111,7 @@ impl CommitterThread {
 
 /// Commits one group. Nothing is left unanswered: what the engine did not publish gets its error.
 fn finish(hub: &Arc<Hub>, mut group: Vec<FinishJob>) {
+    let began = Instant::now();
     count(&hub.stats.groups);
     let voted: Vec<VotedTxn> = group.iter_mut().filter_map(|job| job.held.voted.take()).collect();
     let mut jobs: Vec<Option<FinishJob>> = group.into_iter().map(Some).collect();
@@ -134,6 +136,7 @@ fn finish(hub: &Arc<Hub>, mut group: Vec<FinishJob>) {
         Ok(Err(error)) => error,
         Err(_) => StorageError::PreviousIo("the storage panicked in finish".into()),
     };
+    hub.stats.finish_seconds.record(began.elapsed());
     for job in jobs.into_iter().flatten() {
         tracing::error!(storage = %hub.id, %error, "a transaction could not be finished");
         refuse(job, &error);

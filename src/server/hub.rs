@@ -11,16 +11,21 @@ use std::time::{Duration, SystemTime};
 
 use rustc_hash::{FxHashMap, FxHashSet};
 
+use super::admin::histogram::Histogram;
 use super::commit::Committer;
 use super::locks::LockTable;
 use super::mailbox::{Event, Mailbox, Publication, StorageInfo};
 use crate::ids::{Oid, Tid};
-use crate::storage::{Capabilities, ConflictResolver, InvalidationSink, References, Result, Storage};
+use crate::storage::{
+    Capabilities, ConflictResolver, InvalidationSink, PackProgress, References, Result, Storage,
+};
 
 /// Counters of one storage since the server's start.
 #[derive(Debug, Default)]
 pub(crate) struct Stats {
     pub(crate) loads: AtomicU64,
+    /// Loads that had to wait for the disk (or for Python).
+    pub(crate) disk_loads: AtomicU64,
     pub(crate) stores: AtomicU64,
     pub(crate) commits: AtomicU64,
     pub(crate) aborts: AtomicU64,
@@ -29,6 +34,9 @@ pub(crate) struct Stats {
     pub(crate) active_txns: AtomicU64,
     /// Groups of finishes; `commits / groups` is what one sync carries.
     pub(crate) groups: AtomicU64,
+    pub(crate) load_seconds: Histogram,
+    pub(crate) lock_wait_seconds: Histogram,
+    pub(crate) finish_seconds: Histogram,
 }
 
 pub(crate) fn count(counter: &AtomicU64) {
@@ -56,6 +64,10 @@ impl Registry {
             self.queue.pop_back();
         }
         self.queue.push_front((publication.tid, Arc::clone(&publication.oids)));
+    }
+
+    pub(crate) fn queue_len(&self) -> usize {
+        self.queue.len()
     }
 
     /// Oids changed after `since` and up to `view`, if the queue reaches back that far.
@@ -89,6 +101,7 @@ pub(crate) struct Hub {
     pub(crate) locks: Arc<LockTable>,
     pub(crate) committer: Committer,
     pub(crate) stats: Stats,
+    pub(crate) pack: PackWatch,
     pub(crate) options: HubOptions,
     pub(crate) started: SystemTime,
     registry: Mutex<Registry>,
@@ -120,6 +133,7 @@ impl Hub {
             locks: Arc::default(),
             committer,
             stats: Stats::default(),
+            pack: PackWatch::default(),
             options,
             started: SystemTime::now(),
             registry: Mutex::new(registry),
@@ -144,6 +158,14 @@ impl Hub {
         let mut registry = self.registry();
         registry.listeners.insert(id, Arc::clone(mailbox));
         (Registration { hub: Arc::clone(self), id }, registry.last_tid)
+    }
+
+    /// Who is registered, in order of arrival.
+    pub(crate) fn clients(&self) -> Vec<ClientInfo> {
+        let registry = self.registry();
+        let mut clients: Vec<_> = registry.listeners.iter().collect();
+        clients.sort_by_key(|(id, _)| **id);
+        clients.into_iter().map(|(_, mailbox)| mailbox.client()).collect()
     }
 
     pub(crate) fn connections(&self) -> usize {
@@ -193,6 +215,36 @@ impl Hub {
                 "the storage was exchanged below; clients have to verify their caches".into(),
             ));
         }
+    }
+}
+
+/// One registered client, for people.
+#[derive(Clone, Debug)]
+pub(crate) struct ClientInfo {
+    pub(crate) peer: String,
+    pub(crate) label: String,
+    pub(crate) read_only: bool,
+    pub(crate) connected: Duration,
+    /// Bytes of invalidations it has not read.
+    pub(crate) unread: usize,
+}
+
+/// The pack in progress, if any, for those who want to know.
+#[derive(Debug, Default)]
+pub(crate) struct PackWatch(Mutex<Option<PackProgress>>);
+
+impl PackWatch {
+    pub(crate) fn progress(&self) -> Option<PackProgress> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    pub(crate) fn is_running(&self) -> bool {
+        self.progress().is_some()
+    }
+
+    /// `None`: it has ended.
+    pub(crate) fn set(&self, progress: Option<PackProgress>) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = progress;
     }
 }
 

@@ -16,6 +16,7 @@ use tokio::runtime::Runtime;
 use tokio::sync::{oneshot, watch};
 use tokio_util::task::TaskTracker;
 
+use super::admin;
 use super::connection::{Socket, serve};
 use super::hub::{Hub, HubOptions};
 use super::{ServerConfig, Shared, locks::LockHolder};
@@ -63,6 +64,9 @@ pub struct Server {
     shared: Arc<Shared>,
     listeners: Vec<Listener>,
     addresses: Vec<Address>,
+    /// For operators.
+    http: Vec<std::net::TcpListener>,
+    http_address: Option<Address>,
 }
 
 impl Server {
@@ -103,6 +107,10 @@ impl Server {
             listeners.extend(more);
             addresses.push(actual);
         }
+        let (http, http_address) = match &config.http {
+            Some(address) => listen_http(address).map(|(http, actual)| (http, Some(actual)))?,
+            None => (Vec::new(), None),
+        };
         let mut hubs = Vec::new();
         for (name, storage) in storages {
             let options = HubOptions {
@@ -120,7 +128,10 @@ impl Server {
             tracing::info!(%address, "listening");
         }
         let shared = Arc::new(Shared { config, hubs, stopping: AtomicBool::new(false) });
-        Ok(Self { shared, listeners, addresses })
+        if let Some(address) = &http_address {
+            tracing::info!(%address, "listening for operators (HTTP)");
+        }
+        Ok(Self { shared, listeners, addresses, http, http_address })
     }
 
     /// The addresses listened on, with the port that the system chose for port 0.
@@ -128,12 +139,17 @@ impl Server {
         &self.addresses
     }
 
+    /// Where operators are answered.
+    pub fn http_address(&self) -> Option<&Address> {
+        self.http_address.as_ref()
+    }
+
     /// Serves until `shutdown` is ready; then lets clients that have voted finish, and closes the storages.
     ///
     /// # Errors
     /// The first storage that could not be closed.
     pub async fn run(self, shutdown: impl Future<Output = ()>) -> Result<(), ServerError> {
-        let Self { shared, listeners, .. } = self;
+        let Self { shared, listeners, http, .. } = self;
         let (stop, stopped) = watch::channel(false);
         let connections = TaskTracker::new();
         let acceptors = TaskTracker::new();
@@ -144,6 +160,13 @@ impl Server {
                     tracing::error!(%error, "a listener ended");
                 }
             });
+        }
+        for listener in http {
+            match TcpListener::from_std(listener) {
+                // Goes on until the end, to say that the server is stopping.
+                Ok(listener) => drop(tokio::spawn(admin::serve(listener, Arc::clone(&shared)))),
+                Err(error) => tracing::error!(%error, "the HTTP listener ended"),
+            }
         }
         drop(stopped);
         shutdown.await;
@@ -163,7 +186,7 @@ impl Server {
     /// Serves in threads of its own.
     pub fn start(self) -> Result<ServerHandle, ServerError> {
         let runtime = self.runtime()?;
-        let addresses = self.addresses.clone();
+        let (addresses, http_address) = (self.addresses.clone(), self.http_address.clone());
         let shared = Arc::clone(&self.shared);
         let (stop, stopped) = oneshot::channel::<()>();
         let run = move || {
@@ -176,7 +199,7 @@ impl Server {
         };
         let thread =
             std::thread::Builder::new().name("zeo server".into()).spawn(run).map_err(ServerError::Threads)?;
-        Ok(ServerHandle { addresses, shared, stop: Some(stop), thread: Some(thread) })
+        Ok(ServerHandle { addresses, http_address, shared, stop: Some(stop), thread: Some(thread) })
     }
 
     fn runtime(&self) -> Result<Runtime, ServerError> {
@@ -205,6 +228,7 @@ fn close_storages(shared: &Shared) -> Result<(), ServerError> {
 /// A server that runs in its own threads. Dropping it stops it.
 pub struct ServerHandle {
     addresses: Vec<Address>,
+    http_address: Option<Address>,
     shared: Arc<Shared>,
     stop: Option<oneshot::Sender<()>>,
     thread: Option<JoinHandle<Result<(), ServerError>>>,
@@ -213,6 +237,10 @@ pub struct ServerHandle {
 impl ServerHandle {
     pub fn addresses(&self) -> &[Address] {
         &self.addresses
+    }
+
+    pub fn http_address(&self) -> Option<&Address> {
+        self.http_address.as_ref()
     }
 
     /// Status of all storages, as `ruok` answers it.
@@ -291,6 +319,23 @@ fn with_actual(
         _ => address.clone(),
     };
     Ok((listeners.into_iter().map(Listener::Tcp).collect(), actual))
+}
+
+/// HTTP is answered on TCP only.
+fn listen_http(address: &Address) -> Result<(Vec<std::net::TcpListener>, Address), ServerError> {
+    let failed = |source| ServerError::Bind { address: address.clone(), source };
+    if matches!(address, Address::Unix(_)) {
+        return Err(failed(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            "HTTP needs a TCP address, HOST:PORT",
+        )));
+    }
+    let (listeners, actual) = listen(address).map_err(failed)?;
+    let tcp = |listener| match listener {
+        Listener::Tcp(listener) => Some(listener),
+        Listener::Unix(..) => None,
+    };
+    Ok((listeners.into_iter().filter_map(tcp).collect(), actual))
 }
 
 fn listen_tcp(address: SocketAddr) -> io::Result<std::net::TcpListener> {

@@ -10,10 +10,12 @@
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Instant;
 
 use bytes::{Bytes, BytesMut};
 use tokio::sync::Notify;
 
+use super::hub::ClientInfo;
 use super::session::Session;
 use crate::ids::{Oid, Tid};
 use crate::wire::{Encoding, Notice, encode_notice};
@@ -83,6 +85,9 @@ struct State {
     unread: usize,
     /// Nobody reads it any more.
     closed: bool,
+    /// Whose it is, for people.
+    label: String,
+    read_only: bool,
 }
 
 /// See the module documentation.
@@ -92,15 +97,43 @@ pub(crate) struct Mailbox {
     filled: AtomicBool,
     wake: Notify,
     limit: usize,
+    peer: String,
+    since: Instant,
 }
 
 impl Mailbox {
-    pub(crate) fn new(limit: usize) -> Self {
+    pub(crate) fn new(limit: usize, peer: String) -> Self {
         Self {
-            state: Mutex::new(State { events: VecDeque::new(), unread: 0, closed: false }),
+            state: Mutex::new(State {
+                events: VecDeque::new(),
+                unread: 0,
+                closed: false,
+                label: String::new(),
+                read_only: false,
+            }),
             filled: AtomicBool::new(false),
             wake: Notify::new(),
             limit,
+            peer,
+            since: Instant::now(),
+        }
+    }
+
+    /// What the client has told about itself.
+    pub(crate) fn introduce(&self, label: &str, read_only: bool) {
+        let mut state = self.lock();
+        state.label = label.to_owned();
+        state.read_only = read_only;
+    }
+
+    pub(crate) fn client(&self) -> ClientInfo {
+        let state = self.lock();
+        ClientInfo {
+            peer: self.peer.clone(),
+            label: state.label.clone(),
+            read_only: state.read_only,
+            connected: self.since.elapsed(),
+            unread: state.unread,
         }
     }
 

@@ -8,10 +8,12 @@
 //! | `mailbox` | what the rest of the server has to say to one connection, in order |
 //! | `hub` | one storage: who listens, what was published |
 //! | `locks`, `commit` | which transaction holds which objects; the thread that finishes |
+//! | `admin` | the operators' HTTP listener: metrics, health, status page |
 //! | `status`, `fault` | numbers for monitors; errors for clients |
 //!
 //! The rules of ordering and what they exclude: `docs/ordering.md`.
 
+mod admin;
 mod blobs;
 mod commit;
 mod connection;
@@ -69,6 +71,8 @@ pub struct ServerConfig {
     pub max_staged: usize,
     /// How long an accepted connection may say nothing.
     pub handshake_timeout: Duration,
+    /// Where operators are answered over HTTP (metrics, health, a status page); `None`: nowhere.
+    pub http: Option<Address>,
     /// How long a stopping server waits for clients that have voted to finish.
     pub shutdown_grace: Duration,
     /// Speak TLS, with clients that show a certificate it trusts.
@@ -94,6 +98,7 @@ impl Default for ServerConfig {
             max_unread: 16 << 20,
             max_staged: 4 << 30,
             handshake_timeout: Duration::from_secs(60),
+            http: None,
             shutdown_grace: Duration::from_secs(5),
             tls: None,
             workers: None,

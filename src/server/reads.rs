@@ -1,7 +1,7 @@
 //! Calls that read: loads, history, invalidations missed, iteration by oid; and `new_oids`, `pack`.
 
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use super::fault;
 use super::hub::{Hub, count};
@@ -10,7 +10,7 @@ use super::undo::with_extension;
 use crate::ids::{Oid, Tid};
 use crate::limits::MAX_NEW_OIDS;
 use crate::pickle::Value;
-use crate::storage::{Loaded, PackOptions, Result, Storage, StorageError};
+use crate::storage::{Loaded, PackOptions, PackProgress, Result, Storage, StorageError};
 use crate::wire::{Fault, encode_loaded};
 
 /// Entries that `history` may be asked for at once.
@@ -19,6 +19,7 @@ const MAX_HISTORY: i64 = 1 << 20;
 impl Session {
     /// Cost, for a record in the page cache: the engine's index lookup and read, one copy into the output buffer.
     pub(crate) fn load_before(&mut self, hub: &Arc<Hub>, to: &mut ReplyTo, oid: Oid, before: Tid) -> Served {
+        let began = Instant::now();
         count(&hub.stats.loads);
         let view = self.view;
         let as_of_view = before.min(view.next());
@@ -28,10 +29,13 @@ impl Session {
             hub.storage.try_load_before(oid, as_of_view)
         };
         if !matches!(loaded, Err(StorageError::WouldBlock)) {
-            return self.loaded(to, view, loaded);
+            let served = self.loaded(to, view, loaded);
+            hub.stats.load_seconds.record(began.elapsed());
+            return served;
         }
+        count(&hub.stats.disk_loads);
         let mut to = to.take();
-        let storage = Arc::clone(&hub.storage);
+        let (storage, hub) = (Arc::clone(&hub.storage), Arc::clone(hub));
         self.slow_loads += 1;
         self.background(
             move || storage.load_before(oid, as_of_view),
@@ -42,6 +46,7 @@ impl Session {
                     session.published_meanwhile.clear();
                 }
                 session.answer(to, served);
+                hub.stats.load_seconds.record(began.elapsed());
             },
         );
         Ok(Outcome::Later)
@@ -188,10 +193,15 @@ impl Session {
                 time,
                 gc: None,
                 references: &*references,
-                progress: &mut |_| !server.is_stopping(),
+                progress: &mut |progress| {
+                    hub.pack.set(Some(progress.clone()));
+                    !server.is_stopping()
+                },
                 throttle: None,
             };
+            hub.pack.set(Some(PackProgress::default()));
             let packed = hub.storage.pack(options, &switch_lock);
+            hub.pack.set(None);
             match &packed {
                 Ok(()) => {
                     tracing::info!(storage = %hub.id, "pack finished");

@@ -92,7 +92,7 @@ pub(crate) struct Session {
 
 impl Session {
     pub(crate) fn new(server: Arc<Shared>, runtime: Handle, peer: String, encoding: Encoding) -> Self {
-        let mailbox = Arc::new(Mailbox::new(server.config.max_unread));
+        let mailbox = Arc::new(Mailbox::new(server.config.max_unread, peer.clone()));
         Self {
             server,
             runtime,
@@ -284,6 +284,7 @@ impl Session {
             Call::SetClientLabel { label } => {
                 tracing::info!(client = %self.peer, %label, "client label");
                 self.label = label;
+                self.mailbox.introduce(&self.label, self.read_only);
                 Ok(Outcome::Reply(Value::None))
             }
             Call::Register { .. } | Call::KeepAlive => Ok(Outcome::Reply(Value::None)),
@@ -302,6 +303,7 @@ impl Session {
         let (registration, view) = hub.register(&self.mailbox);
         self.registration = Some(registration);
         self.view = view;
+        self.mailbox.introduce(&self.label, self.read_only);
         tracing::info!(client = %self.peer, storage, read_only = self.read_only, "client registered");
         Ok(Outcome::Reply(view.into()))
     }

@@ -46,7 +46,7 @@ pub(crate) fn json(hubs: &[Arc<Hub>]) -> String {
     serde_json::Value::Object(storages).to_string()
 }
 
-fn to_json(value: &Value) -> serde_json::Value {
+pub(super) fn to_json(value: &Value) -> serde_json::Value {
     match value {
         Value::Bool(flag) => (*flag).into(),
         Value::Int(number) => (*number).into(),

@@ -49,7 +49,7 @@ impl Drop for TemporaryFile {
 
 enum Phase {
     Begun,
-    Waiting { locks: LockGuard, to: ReplyTo },
+    Waiting { locks: LockGuard, to: ReplyTo, asked: Instant },
     Voting { since: Instant },
     Voted { held: Held, since: Instant },
 }
@@ -257,9 +257,10 @@ impl Session {
         let (locks, now) = hub.locks.request(&set, who.into(), granted);
         let to = to.take();
         if now {
+            hub.stats.lock_wait_seconds.record(Duration::ZERO);
             self.start_vote(hub, locks, to);
         } else if let Some(txn) = &mut self.txn {
-            txn.phase = Phase::Waiting { locks, to };
+            txn.phase = Phase::Waiting { locks, to, asked: Instant::now() };
             let waiting = hub.locks.waiting();
             if waiting > 9 {
                 tracing::warn!(storage = %hub.id, client = %self.who(), waiting, "many transactions wait for locks");
@@ -275,7 +276,10 @@ impl Session {
         };
         let Some(txn) = self.txn.as_mut().filter(|txn| txn.vote == vote) else { return };
         match std::mem::replace(&mut txn.phase, Phase::Begun) {
-            Phase::Waiting { locks, to } => self.start_vote(&hub, locks, to),
+            Phase::Waiting { locks, to, asked } => {
+                hub.stats.lock_wait_seconds.record(asked.elapsed());
+                self.start_vote(&hub, locks, to);
+            }
             other => txn.phase = other,
         }
     }

@@ -328,6 +328,11 @@ pub trait Storage: Send + Sync {
     /// For `storeBlobShared`: the directory of an oid's committed blobs.
     fn blob_oid_directory(&self, oid: Oid) -> Result<PathBuf>;
 
+    /// Why the storage takes no writes any more (an I/O error made it fail-stop); `None`: it does, or never did.
+    fn write_failure(&self) -> Option<String> {
+        None
+    }
+
     /// Where to report commits that come from below. Engines that own their data have none.
     fn subscribe(&self, _sink: Arc<dyn InvalidationSink>) {}
 
