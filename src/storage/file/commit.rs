@@ -53,12 +53,12 @@ impl FileStorage {
             let state = state.map_err(|_| StorageError::Transaction("voted by another storage".into()))?;
             voted.push((Arc::<[Oid]>::from(oids), *state));
         }
-        let mut writer = self.writable()?;
+        let mut writer = self.writer()?;
         let snapshot = self.reading()?;
         let old_end = snapshot.end();
         let mut named = Vec::new();
         let result = self.append(&mut writer, &snapshot, &mut voted, &mut named);
-        let placed = result.inspect_err(|error| self.fail(&mut writer, &snapshot, old_end, &named, error))?;
+        let placed = result.inspect_err(|error| self.fail(&snapshot, old_end, &named, error))?;
         for (index, placed) in placed.into_iter().enumerate() {
             for (oid, pos) in placed.positions {
                 snapshot.index.insert(oid, pos);
@@ -112,14 +112,7 @@ impl FileStorage {
     }
 
     /// Takes back an append that failed, as far as possible, and stops the storage from writing.
-    fn fail(
-        &self,
-        writer: &mut Writer,
-        snapshot: &Snapshot,
-        end: u64,
-        named: &[(Oid, Tid)],
-        error: &StorageError,
-    ) {
+    fn fail(&self, snapshot: &Snapshot, end: u64, named: &[(Oid, Tid)], error: &StorageError) {
         let cut = snapshot.file.set_len(end).and_then(|()| snapshot.file.sync_data());
         let mut text = match error {
             StorageError::Io { source, .. } => format!("{error}: {source}"),
@@ -139,7 +132,8 @@ impl FileStorage {
                 }
             }
         }
-        writer.failed = Some(text);
+        // Only the first failure is reported: after it nothing is tried.
+        let _ = self.failed.set(text);
     }
 }
 

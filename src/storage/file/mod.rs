@@ -35,7 +35,7 @@ mod undo;
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 use arc_swap::ArcSwap;
 
@@ -102,6 +102,9 @@ pub struct FileStorage {
     last_tid: AtomicU64,
     closed: AtomicBool,
     writer: Mutex<Writer>,
+    /// An I/O error after which nothing is written any more. Beside `writer`, so that a vote can look without waiting
+    /// for a sync.
+    failed: OnceLock<String>,
     space: Space,
     oids: Mutex<OidSupply>,
     blobs: Option<Arc<BlobDir>>,
@@ -117,8 +120,6 @@ pub struct FileStorage {
 
 /// State of whoever appends.
 struct Writer {
-    /// An I/O error after which nothing is written any more.
-    failed: Option<String>,
     /// The largest tid given or seen.
     last_generated: Tid,
 }
@@ -172,7 +173,7 @@ impl FileStorage {
         rename: &mut dyn FnMut() -> Result<()>,
         sync: &mut dyn FnMut() -> Result<()>,
     ) -> Result<()> {
-        let mut writer = self.writable()?;
+        let _writer = self.writer()?;
         let failed = |e| StorageError::io("cannot lock the packed file", e);
         if lock(&self.lock).is_some() && !packed.file.try_lock().map_err(failed)? {
             return Err(StorageError::Locked(format!(
@@ -187,7 +188,7 @@ impl FileStorage {
         self.current.store(Arc::new(Snapshot::new(file, index, end, samples, name)));
         drop(names);
         self.space.forget();
-        sync().inspect_err(|e| writer.failed = Some(e.to_string()))
+        sync().inspect_err(|e| drop(self.failed.set(e.to_string())))
     }
 
     /// Saves the index, unless the saved one is of this moment already. Commits go on meanwhile.
@@ -207,13 +208,13 @@ impl FileStorage {
 
     /// Saves the index, gives back reserved space and oids, releases the locks. Loads fail from here on.
     pub(crate) fn close_files(&self) -> Result<()> {
-        let writer = lock(&self.writer);
+        let _writer = lock(&self.writer);
         if self.closed.swap(true, Ordering::AcqRel) || self.options.read_only {
             return Ok(());
         }
         let snapshot = self.snapshot();
         let end = snapshot.end();
-        if self.space.is_reserved_beyond(end) && writer.failed.is_none() {
+        if self.space.is_reserved_beyond(end) && self.failed.get().is_none() {
             if let Err(e) = snapshot.file.set_len(end) {
                 tracing::warn!("cannot give back reserved space: {e}");
             }
@@ -236,16 +237,23 @@ impl FileStorage {
         Ok(self.current.load())
     }
 
-    fn writable(&self) -> Result<MutexGuard<'_, Writer>> {
+    /// That writing is possible. Waits for nothing.
+    fn check_writable(&self) -> Result<()> {
         if self.options.read_only {
             return Err(StorageError::ReadOnly);
         }
-        let writer = lock(&self.writer);
-        match &writer.failed {
+        match self.failed.get() {
             _ if self.closed.load(Ordering::Acquire) => Err(StorageError::Closed),
             Some(error) => Err(StorageError::PreviousIo(error.clone())),
-            None => Ok(writer),
+            None => Ok(()),
         }
+    }
+
+    /// The right to write, once nobody else has it: waits for a finish in progress.
+    fn writer(&self) -> Result<MutexGuard<'_, Writer>> {
+        let writer = lock(&self.writer);
+        self.check_writable()?;
+        Ok(writer)
     }
 }
 

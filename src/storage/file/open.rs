@@ -4,7 +4,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use arc_swap::ArcSwap;
 
@@ -119,7 +119,8 @@ impl FileStorage {
             current: ArcSwap::new(snapshot),
             last_tid: AtomicU64::new(last_tid.0),
             closed: AtomicBool::new(false),
-            writer: Mutex::new(Writer { failed: None, last_generated: last_tid }),
+            failed: OnceLock::new(),
+            writer: Mutex::new(Writer { last_generated: last_tid }),
             space: Space::default(),
             oids: Mutex::new(oids),
             blobs,

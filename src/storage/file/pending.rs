@@ -161,7 +161,7 @@ impl Pending {
 impl FileStorage {
     /// Begins a transaction. Errors: `ReadOnly`, `Invalid` for metadata that do not fit the format.
     pub fn begin(&self, meta: TxnMeta, tid: Option<Tid>, status: u8) -> Result<Pending> {
-        drop(self.writable()?);
+        self.check_writable()?;
         let parts = [
             (&meta.user, "user name too long"),
             (&meta.description, "description too long"),
@@ -292,7 +292,7 @@ impl FileStorage {
     /// Promises that the transaction can be finished: reserves its disk space and makes its blob files ready (synced and
     /// on the right file system). From here on the blob files belong to the storage.
     pub fn vote_pending(&self, txn: Pending) -> Result<VotedTxn> {
-        drop(self.writable()?);
+        self.check_writable()?;
         let snapshot = self.reading()?;
         let space = self.space.reserve(&snapshot, txn.len)?;
         if snapshot.end() + self.space.outstanding() >= MAX_POS {

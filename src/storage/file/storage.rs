@@ -211,6 +211,10 @@ impl Storage for FileStorage {
         Ok(self.blobs()?.oid_dir(oid))
     }
 
+    fn write_failure(&self) -> Option<String> {
+        self.failed.get().cloned()
+    }
+
     fn checkpoint(&self) -> Result<()> {
         if self.options.read_only {
             return Ok(());

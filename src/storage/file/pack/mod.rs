@@ -69,7 +69,7 @@ struct Job<'a> {
 impl FileStorage {
     /// See [`crate::storage::Storage::pack`].
     pub(super) fn pack_file(&self, options: PackOptions<'_>, whole: &dyn WholeStorageLock) -> Result<()> {
-        drop(self.writable()?);
+        self.check_writable()?;
         let stop = Tid::from_unix(options.time);
         if stop == Tid::ZERO {
             return Err(StorageError::Invalid("Invalid pack time".into()));
