@@ -29,7 +29,7 @@ impl Histogram {
     /// `(upper bound in seconds, count in this bucket)`, the last bound infinite.
     pub(crate) fn buckets(&self) -> Vec<(f64, u64)> {
         let bound = |at: usize| match at {
-            at if at == BUCKETS - 1 => f64::MAX,
+            at if at == BUCKETS - 1 => f64::INFINITY,
             at => (1u64 << (FIRST_BIT as usize + at)) as f64 / 1e9,
         };
         self.buckets
@@ -75,7 +75,7 @@ mod tests {
         assert_eq!(buckets[0], (1.024e-6, 3));
         assert_eq!(buckets[1], (2.048e-6, 2));
         assert_eq!(buckets[10], (1_048_576e-9, 1));
-        assert_eq!(buckets[BUCKETS - 1], (f64::MAX, 1));
+        assert_eq!(buckets[BUCKETS - 1], (f64::INFINITY, 1));
         assert_eq!(histogram.count(), 7);
     }
 
