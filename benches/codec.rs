@@ -4,6 +4,8 @@
 //! was doing. The hot messages (a load and its answer)
 //! should stay under 150 ns, either way, in either encoding.
 
+#![allow(clippy::print_stdout)] // a benchmark reports to the terminal
+
 use std::hint::black_box;
 use std::time::Instant;
 

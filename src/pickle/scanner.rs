@@ -94,9 +94,8 @@ pub(crate) fn decimal(line: &[u8], at: usize) -> Result<i64, PickleError> {
 /// The inside of a quoted `STRING` line, escapes undone as Python's `string_escape`.
 pub(crate) fn unquote(line: &[u8], at: usize) -> Result<Vec<u8>, PickleError> {
     let line = line.trim_ascii_end();
-    let inner = match line {
-        [b'\'', inner @ .., b'\''] | [b'"', inner @ .., b'"'] => inner,
-        _ => return Err(PickleError::Text { at }),
+    let ([b'\'', inner @ .., b'\''] | [b'"', inner @ .., b'"']) = line else {
+        return Err(PickleError::Text { at });
     };
     let mut out = Vec::with_capacity(inner.len());
     let mut bytes = inner.iter().copied();

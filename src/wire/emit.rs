@@ -212,7 +212,7 @@ impl<'a> Emitter<'a> {
     /// Errors: nesting beyond [`MAX_DEPTH`], lengths beyond 32 bits, what [`Foreign`] says.
     pub(super) fn value(&mut self, value: &Value) -> Emitted {
         if self.depth > MAX_DEPTH {
-            return Err(PickleError::TooDeep).map_err(unencodable);
+            return Err(unencodable(PickleError::TooDeep));
         }
         match value {
             Value::None => self.none(),

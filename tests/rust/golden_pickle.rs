@@ -1,6 +1,8 @@
 //! What ZODB and zodbpickle made of random records and extensions (`tests/fixtures/pickle/make_vectors.py`): the same
 //! references, classes and bytes here.
 
+#![allow(clippy::unwrap_used)] // helpers of tests
+
 use bytes::{Bytes, BytesMut};
 use serde_json::Value as Json;
 use zeo_rs::ids::Oid;

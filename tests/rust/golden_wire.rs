@@ -1,6 +1,8 @@
 //! Every recorded frame of real ZEO 6.2 traffic (`tests/fixtures/wire/frames.jsonl`): decoded into a typed message,
 //! encoded again, compared byte for byte, in both encodings.
 
+#![allow(clippy::unwrap_used)] // helpers of tests
+
 use std::collections::BTreeMap;
 
 use bytes::{Bytes, BytesMut};
