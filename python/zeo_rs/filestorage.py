@@ -17,10 +17,11 @@ from ZODB.BaseStorage import TransactionRecord as BaseTransactionRecord
 from ZODB.FileStorage import FileStorage as ZODBFileStorage
 from ZODB.interfaces import IBlobStorageRestoreable
 from ZODB.POSException import ReadOnlyError, StorageTransactionError, UndoError
+from ZODB.serialize import referencesf as zodb_referencesf
 from ZODB.utils import z64
 from zope.interface import alsoProvides
 
-from zeo_rs._zeo import FileStorageBase
+from zeo_rs._zeo import FileStorageBase, pack_file_storage
 from zeo_rs.fileindex import FileIndex
 
 __all__ = ["FileStorage", "TransactionIterator", "TransactionRecord"]
@@ -103,6 +104,7 @@ class FileStorage(FileStorageBase, ZODBFileStorage):
         self._lock = threading.RLock()
         self._commit_lock = threading.Lock()
         self._transaction = self._tid = None
+        self._opened_file = None
         self._open(
             self._file_name,
             bool(create),
@@ -264,7 +266,29 @@ class FileStorage(FileStorageBase, ZODBFileStorage):
 
     # -- keeping
 
+    def pack(self, t, referencesf, gc=None, *, progress=None, throttle=None):
+        """Removes revisions that were not current at the time `t` (seconds) and, with `gc`, objects that nothing refers to.
+
+        progress: called with a dict (phase, bytes_done, bytes_total, objects_done, objects_total); False cancels the pack.
+        throttle: bytes that may be read and written a second.
+        """
+        if self._is_read_only:
+            raise ReadOnlyError()
+        # ZODB's own finder of references reads pickles only, which needs no Python
+        native = referencesf is zodb_referencesf
+        pack_file_storage(self, t, self._commit_lock, None if native else referencesf, gc, progress, throttle)
+        self._opened_file = None
+
+    @property
+    def _file(self):
+        """The data file for those who read it themselves; another object after a pack."""
+        if self._opened_file is None:
+            self._opened_file = open(self._file_name, "rb", buffering=0)
+        return self._opened_file
+
     def close(self):
+        if self._opened_file is not None:
+            self._opened_file.close()
         self._close()
 
     def cleanup(self):

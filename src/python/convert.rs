@@ -32,14 +32,11 @@ pub(crate) fn tid_arg(value: &Bound<'_, PyAny>) -> PyResult<Tid> {
         .ok_or_else(|| PyValueError::new_err(format!("a tid has 8 bytes, not {}", bytes.as_bytes().len())))
 }
 
-/// A serial given by Python: as [`tid_arg`], but what has not 8 bytes (ZODB's users pass `None` and `b''` for "new
-/// object") is the serial of no revision, `Tid::ZERO`.
+/// A serial given by Python: as [`tid_arg`], but what is not 8 bytes (ZODB's users pass `None`, `b''` and worse for a new
+/// object) is the serial of no revision, `Tid::ZERO`.
 pub(crate) fn serial_arg(value: &Bound<'_, PyAny>) -> PyResult<Tid> {
-    if value.is_none() {
-        return Ok(Tid::ZERO);
-    }
-    let bytes = value.cast::<PyBytes>().map_err(|_| PyTypeError::new_err("a serial is bytes"))?;
-    Ok(Tid::from_slice(bytes.as_bytes()).unwrap_or(Tid::ZERO))
+    let bytes = value.cast::<PyBytes>().ok();
+    Ok(bytes.and_then(|bytes| Tid::from_slice(bytes.as_bytes())).unwrap_or(Tid::ZERO))
 }
 
 /// A tid that may be `None` or empty.

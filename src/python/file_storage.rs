@@ -30,7 +30,7 @@ use crate::ids::{Oid, Tid};
 use crate::storage::file::{FileStorage, FileStorageOptions, Pending};
 use crate::storage::{
     Conflict, ConflictResolver, HistoryEntry, Loaded, Op, Resolution, Storage, StorageError, TxnMeta,
-    UndoEntry, VotedTxn, WholeStorageLock,
+    UndoEntry, VotedTxn,
 };
 
 /// The transaction that holds the commit lock.
@@ -98,7 +98,7 @@ impl Publishing {
 }
 
 /// The lock may be taken with the GIL held: nothing waits for the GIL while holding it.
-fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(super) fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -738,21 +738,6 @@ impl ConflictResolver for Resolver {
                 }
             }
         })
-    }
-}
-
-/// ZODB's commit lock as the lock of the whole storage: whoever holds it is the only writer.
-pub(super) struct CommitLock(pub(super) Py<PyAny>);
-
-impl WholeStorageLock for CommitLock {
-    fn with_whole_storage(&self, body: &mut dyn FnMut()) {
-        let taken = Python::attach(|py| self.0.bind(py).call_method0("acquire").map(drop));
-        if let Err(error) = &taken {
-            tracing::error!(%error, "cannot take the commit lock");
-            return;
-        }
-        body();
-        let _ = Python::attach(|py| self.0.bind(py).call_method0("release").map(drop));
     }
 }
 

@@ -7,6 +7,7 @@ mod convert;
 mod errors;
 mod file_storage;
 mod logging;
+mod pack;
 mod records;
 mod served_storage;
 mod server;
@@ -21,6 +22,7 @@ fn _zeo(m: &Bound<'_, PyModule>) -> PyResult<()> {
     logging::register(m)?;
     client_storage::register(m)?;
     file_storage::register(m)?;
+    pack::register(m)?;
     server::register(m)?;
     tls::register(m)?;
     Ok(())

@@ -1,0 +1,115 @@
+//! `_zeo.pack_file_storage`: packs a `zeo_rs.FileStorage`. The GIL is free but for calls of Python's own `referencesf`
+//! and of the progress callback.
+
+use std::sync::Mutex;
+
+use pyo3::prelude::*;
+use pyo3::types::{PyBytes, PyDict};
+
+use super::convert::oid_arg;
+use super::errors;
+use super::file_storage::{FileStorageBase, locked};
+use crate::ids::Oid;
+use crate::storage::transform::RecordReferences;
+use crate::storage::{
+    PackOptions, PackProgress, References, Result, Storage, StorageError, WholeStorageLock,
+};
+
+/// Packs `storage` as of the Unix time `time`.
+///
+/// `referencesf`: finds references instead of the native scanner, for records that only Python can read. `commit_lock`: held
+/// for the final switch. `progress(dict)`: called every now and then; a false answer that is not None cancels.
+#[pyfunction]
+#[pyo3(signature = (storage, time, commit_lock, referencesf=None, gc=None, progress=None, throttle=None))]
+fn pack_file_storage(
+    storage: &Bound<'_, FileStorageBase>,
+    time: f64,
+    commit_lock: Py<PyAny>,
+    referencesf: Option<Py<PyAny>>,
+    gc: Option<bool>,
+    progress: Option<Py<PyAny>>,
+    throttle: Option<u64>,
+) -> PyResult<()> {
+    let py = storage.py();
+    let engine = storage.get().engine()?.clone();
+    // the first exception of Python's callbacks, to be raised unchanged
+    let raised: Mutex<Option<PyErr>> = Mutex::new(None);
+    let lock = CommitLock(commit_lock);
+    let packed = py.detach(|| {
+        let native = RecordReferences;
+        let python = referencesf.map(|referencesf| PythonReferences { referencesf, raised: &raised });
+        let references: &dyn References = match &python {
+            Some(python) => python,
+            None => &native,
+        };
+        let mut report = |at: &PackProgress| {
+            let Some(progress) = &progress else { return true };
+            Python::attach(|py| {
+                progress_call(py, progress, at).unwrap_or_else(|error| {
+                    locked(&raised).get_or_insert(error);
+                    false
+                })
+            })
+        };
+        engine.pack(PackOptions { time, gc, references, progress: &mut report, throttle }, &lock)
+    });
+    match (packed, locked(&raised).take()) {
+        (Ok(()), _) => Ok(()),
+        (Err(_), Some(error)) => Err(error),
+        (Err(error), None) => Err(errors::storage_error(py, &error)),
+    }
+}
+
+fn progress_call(py: Python<'_>, progress: &Py<PyAny>, at: &PackProgress) -> PyResult<bool> {
+    let fields = PyDict::new(py);
+    fields.set_item("phase", at.phase)?;
+    fields.set_item("bytes_done", at.bytes_done)?;
+    fields.set_item("bytes_total", at.bytes_total)?;
+    fields.set_item("objects_done", at.objects_done)?;
+    fields.set_item("objects_total", at.objects_total)?;
+    let answer = progress.bind(py).call1((fields,))?;
+    Ok(answer.is_none() || answer.is_truthy()?)
+}
+
+/// References found by Python: one GIL transition and one call for each record.
+struct PythonReferences<'a> {
+    referencesf: Py<PyAny>,
+    raised: &'a Mutex<Option<PyErr>>,
+}
+
+impl References for PythonReferences<'_> {
+    fn references(&self, record: &[u8], out: &mut Vec<Oid>) -> Result<()> {
+        let found = Python::attach(|py| -> PyResult<()> {
+            let oids = self.referencesf.bind(py).call1((PyBytes::new(py, record),))?;
+            for oid in oids.try_iter()? {
+                out.push(oid_arg(&oid?)?);
+            }
+            Ok(())
+        });
+        found.map_err(|error| {
+            locked(self.raised).get_or_insert(error);
+            StorageError::Cancelled
+        })
+    }
+}
+
+/// ZODB's commit lock as the lock of the whole storage: whoever holds it is the only writer.
+struct CommitLock(Py<PyAny>);
+
+impl WholeStorageLock for CommitLock {
+    fn with_whole_storage(&self, body: &mut dyn FnMut()) {
+        let call = |method| Python::attach(|py| self.0.bind(py).call_method0(method).map(drop));
+        if let Err(error) = call("acquire") {
+            tracing::error!(%error, "cannot take the commit lock");
+            return;
+        }
+        body();
+        if let Err(error) = call("release") {
+            tracing::error!(%error, "cannot give the commit lock back");
+        }
+    }
+}
+
+pub(crate) fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
+    m.add_function(wrap_pyfunction!(pack_file_storage, m)?)
+}
