@@ -24,7 +24,7 @@ use super::file::StorageFile;
 use super::format::{DataHeader, TxnHeader, status};
 use super::pending::{Body, Voted};
 use super::snapshot::Snapshot;
-use super::{FileStorage, Writer};
+use super::{FileStorage, lock};
 use crate::ids::{Oid, Tid};
 use crate::storage::blob::BlobDir;
 use crate::storage::{Committed, Result, StorageError, VotedTxn};
@@ -53,11 +53,11 @@ impl FileStorage {
             let state = state.map_err(|_| StorageError::Transaction("voted by another storage".into()))?;
             voted.push((Arc::<[Oid]>::from(oids), *state));
         }
-        let mut writer = self.writer()?;
+        let _writer = self.writable()?;
         let snapshot = self.reading()?;
         let old_end = snapshot.end();
         let mut named = Vec::new();
-        let result = self.append(&mut writer, &snapshot, &mut voted, &mut named);
+        let result = self.append(&snapshot, &mut voted, &mut named);
         let placed = result.inspect_err(|error| self.fail(&snapshot, old_end, &named, error))?;
         for (index, placed) in placed.into_iter().enumerate() {
             for (oid, pos) in placed.positions {
@@ -73,7 +73,6 @@ impl FileStorage {
     /// Steps 1 to 3. `named` collects the blob files that got their names.
     fn append(
         &self,
-        writer: &mut Writer,
         snapshot: &Snapshot,
         group: &mut [(Arc<[Oid]>, Voted)],
         named: &mut Vec<(Oid, Tid)>,
@@ -84,7 +83,7 @@ impl FileStorage {
         let mut earlier: FxHashMap<Oid, u64> = FxHashMap::default();
         let several = group.len() > 1;
         for (oids, txn) in group {
-            let tid = writer.tid_for(txn.tid);
+            let tid = self.tid_for(txn.tid);
             if let Some(dir) = txn.blobs.dir.clone() {
                 for (oid, serial, file) in txn.blobs.files.drain(..) {
                     let serial = serial.unwrap_or(tid);
@@ -142,11 +141,12 @@ fn name_blob(dir: &BlobDir, file: &std::path::Path, oid: Oid, tid: Tid) -> Resul
     dir.publish(file, oid, tid).inspect_err(|_| dir.discard(file))
 }
 
-impl Writer {
+impl FileStorage {
     /// The given tid, or the present time, but later than every tid before.
-    pub(super) fn tid_for(&mut self, given: Option<Tid>) -> Tid {
-        let tid = given.unwrap_or_else(|| now().later_than(self.last_generated));
-        self.last_generated = self.last_generated.max(tid);
+    pub(super) fn tid_for(&self, given: Option<Tid>) -> Tid {
+        let mut last = lock(&self.last_generated);
+        let tid = given.unwrap_or_else(|| now().later_than(*last));
+        *last = tid.max(*last);
         tid
     }
 }

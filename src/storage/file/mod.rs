@@ -10,9 +10,9 @@
 //! | `pack` | dropping what is no longer needed |
 //!
 //! # Locks
-//! Readers take none (an atomic pointer to the [`Snapshot`]). `writer` is held by a finish and by pack's switch.
-//! `oids`, `saved_index` and the ones of `space` and `samples` are held for moments (`saved_index` while an index is
-//! saved) and under no other lock than `writer`.
+//! Readers take none (an atomic pointer to the [`Snapshot`]). `writer` is held by a finish and by pack's switch; beginning
+//! and voting do not wait for it.
+//! The others are held for moments (`saved_index` while an index is saved).
 
 mod commit;
 pub mod file;
@@ -101,10 +101,12 @@ pub struct FileStorage {
     current: ArcSwap<Snapshot>,
     last_tid: AtomicU64,
     closed: AtomicBool,
-    writer: Mutex<Writer>,
-    /// An I/O error after which nothing is written any more. Beside `writer`, so that a vote can look without waiting
-    /// for a sync.
+    /// Held by whoever appends or replaces the file, through its sync.
+    writer: Mutex<()>,
+    /// An I/O error after which nothing is written any more.
     failed: OnceLock<String>,
+    /// The largest tid given or seen.
+    last_generated: Mutex<Tid>,
     space: Space,
     oids: Mutex<OidSupply>,
     blobs: Option<Arc<BlobDir>>,
@@ -116,12 +118,6 @@ pub struct FileStorage {
     packing: Mutex<()>,
     /// Held while the data file or its index file gets its name, so that no index comes beside another file.
     names: Mutex<()>,
-}
-
-/// State of whoever appends.
-struct Writer {
-    /// The largest tid given or seen.
-    last_generated: Tid,
 }
 
 impl FileStorage {
@@ -161,7 +157,7 @@ impl FileStorage {
     /// A tid later than all before, for a transaction whose tid must be known before it is finished. It must be finished
     /// before any other.
     pub fn new_tid(&self) -> Tid {
-        lock(&self.writer).tid_for(None)
+        self.tid_for(None)
     }
 
     /// Replaces file and index after a pack. `rename` puts the packed file in the old one's place; if it fails, nothing
@@ -173,7 +169,7 @@ impl FileStorage {
         rename: &mut dyn FnMut() -> Result<()>,
         sync: &mut dyn FnMut() -> Result<()>,
     ) -> Result<()> {
-        let _writer = self.writer()?;
+        let _writer = self.writable()?;
         let failed = |e| StorageError::io("cannot lock the packed file", e);
         if lock(&self.lock).is_some() && !packed.file.try_lock().map_err(failed)? {
             return Err(StorageError::Locked(format!(
@@ -237,23 +233,21 @@ impl FileStorage {
         Ok(self.current.load())
     }
 
+    /// The right to append. Waits for whoever has it.
+    fn writable(&self) -> Result<MutexGuard<'_, ()>> {
+        let writer = lock(&self.writer);
+        self.check_writable()?;
+        Ok(writer)
+    }
+
     /// That writing is possible. Waits for nothing.
     fn check_writable(&self) -> Result<()> {
-        if self.options.read_only {
-            return Err(StorageError::ReadOnly);
-        }
         match self.failed.get() {
+            _ if self.options.read_only => Err(StorageError::ReadOnly),
             _ if self.closed.load(Ordering::Acquire) => Err(StorageError::Closed),
             Some(error) => Err(StorageError::PreviousIo(error.clone())),
             None => Ok(()),
         }
-    }
-
-    /// The right to write, once nobody else has it: waits for a finish in progress.
-    fn writer(&self) -> Result<MutexGuard<'_, Writer>> {
-        let writer = lock(&self.writer);
-        self.check_writable()?;
-        Ok(writer)
     }
 }
 

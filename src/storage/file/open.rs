@@ -18,7 +18,7 @@ use super::samples::Samples;
 use super::scan::{Range, Scanned, Tail, check_index, check_magic, scan};
 use super::snapshot::Snapshot;
 use super::space::Space;
-use super::{FileStorage, FileStorageOptions, Writer, index_file};
+use super::{FileStorage, FileStorageOptions, index_file};
 use crate::ids::Tid;
 use crate::storage::blob::BlobDir;
 use crate::storage::{Result, StorageError};
@@ -119,8 +119,9 @@ impl FileStorage {
             current: ArcSwap::new(snapshot),
             last_tid: AtomicU64::new(last_tid.0),
             closed: AtomicBool::new(false),
+            writer: Mutex::new(()),
             failed: OnceLock::new(),
-            writer: Mutex::new(Writer { last_generated: last_tid }),
+            last_generated: Mutex::new(last_tid),
             space: Space::default(),
             oids: Mutex::new(oids),
             blobs,

@@ -195,3 +195,34 @@ fn a_read_error_is_no_torn_tail() {
     model.check(&storage);
     assert!(storage.load_before(Oid(1), zeo_rs::ids::Tid::MAX).unwrap().is_some());
 }
+
+#[test]
+fn nobody_waits_for_the_sync_of_a_commit() {
+    let dir = scratch();
+    let disk = Arc::new(Disk::default());
+    let storage = Arc::new(open(disk.clone(), &dir.path().join("Data.fs")).unwrap());
+    let mut model = Model::default();
+    run(&storage, &mut model, &committed(1)).unwrap();
+    disk.hold_syncs(true);
+    let finishing = {
+        let (storage, mut model) = (storage.clone(), model.clone());
+        std::thread::spawn(move || run(&storage, &mut model, &committed(1)).map(|_| model))
+    };
+    disk.wait_until_a_sync_waits();
+    let (done, is_done) = std::sync::mpsc::channel();
+    let reading = {
+        let (storage, mut model) = (storage.clone(), model.clone());
+        std::thread::spawn(move || {
+            // What is not synced is not there; another transaction can be voted.
+            model.check(&storage);
+            run(&storage, &mut model, &Step::Abort(3)).unwrap();
+            storage.new_tid();
+            done.send(()).unwrap();
+        })
+    };
+    let waited = is_done.recv_timeout(std::time::Duration::from_secs(20));
+    disk.hold_syncs(false);
+    waited.expect("a load or vote waited for the sync");
+    reading.join().unwrap();
+    finishing.join().unwrap().unwrap().check(&storage);
+}

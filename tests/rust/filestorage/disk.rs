@@ -1,7 +1,7 @@
 //! A file that remembers what was written and what was synced, and that fails on demand.
 
 use std::io;
-use std::sync::Mutex;
+use std::sync::{Condvar, Mutex};
 
 use zeo_rs::storage::file::file::StorageFile;
 
@@ -29,14 +29,17 @@ struct State {
     events: Vec<Event>,
     fault: Option<Fault>,
     read_error: bool,
+    /// Syncs wait.
+    hold: bool,
+    waiting: bool,
 }
 
 #[derive(Default)]
-pub(crate) struct Disk(Mutex<State>);
+pub(crate) struct Disk(Mutex<State>, Condvar);
 
 impl Disk {
     pub(crate) fn with(content: Vec<u8>) -> Self {
-        Self(Mutex::new(State { content, ..Default::default() }))
+        Self(Mutex::new(State { content, ..Default::default() }), Condvar::new())
     }
 
     pub(crate) fn content(&self) -> Vec<u8> {
@@ -53,6 +56,16 @@ impl Disk {
 
     pub(crate) fn fail(&self, fault: Option<Fault>) {
         self.0.lock().unwrap().fault = fault;
+    }
+
+    /// Makes syncs wait, or lets them go on.
+    pub(crate) fn hold_syncs(&self, hold: bool) {
+        self.0.lock().unwrap().hold = hold;
+        self.1.notify_all();
+    }
+
+    pub(crate) fn wait_until_a_sync_waits(&self) {
+        let _state = self.1.wait_while(self.0.lock().unwrap(), |state| !state.waiting).unwrap();
     }
 
     pub(crate) fn fail_reads(&self, on: bool) {
@@ -117,6 +130,11 @@ impl StorageFile for Disk {
 
     fn sync_data(&self) -> io::Result<()> {
         let mut state = self.0.lock().unwrap();
+        while state.hold {
+            state.waiting = true;
+            self.1.notify_all();
+            state = self.1.wait(state).unwrap();
+        }
         let (_, result) = state.outcome(0);
         result?;
         state.events.push(Event::Sync);
