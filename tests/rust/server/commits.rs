@@ -1,0 +1,414 @@
+//! Two-phase commit: locks, conflicts, and clients that vanish in the middle of it.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use zeo_rs::ids::{Oid, Tid};
+use zeo_rs::pickle::Value;
+use zeo_rs::server::{ServerConfig, ServerHandle};
+use zeo_rs::storage::{Storage, StorageError};
+use zeo_rs::wire::{Call, Encoding, FaultKind, MessageId};
+
+use crate::peer::{Gated, PATIENCE, Peer, memory, serve};
+
+fn status(peer: &mut Peer, key: &str) -> Value {
+    peer.call(Call::ServerStatus).unwrap().get(key).unwrap().clone()
+}
+
+/// Asks until the status says so.
+fn until(peer: &mut Peer, key: &str, wanted: i64) {
+    let start = Instant::now();
+    while status(peer, key).as_int() != Some(wanted) {
+        assert!(start.elapsed() < PATIENCE, "{key} never was {wanted}: {:?}", status(peer, key));
+    }
+}
+
+fn two(server: &ServerHandle) -> (Peer, Peer) {
+    (Peer::new(server, Encoding::Pickle), Peer::new(server, Encoding::Msgpack))
+}
+
+fn send_vote(peer: &mut Peer, key: i64) -> MessageId {
+    peer.send(&Call::Vote { txn: Value::Int(key) }, false)
+}
+
+#[test]
+fn transactions_on_different_objects_vote_side_by_side() {
+    let server = serve(ServerConfig::default(), memory());
+    let (mut a, mut b) = two(&server);
+    for (peer, oid) in [(&mut a, 1), (&mut b, 2)] {
+        peer.begin(1);
+        peer.store(1, oid, Tid::ZERO, b"x");
+    }
+    a.vote(1).unwrap();
+    b.vote(1).unwrap();
+    // The later vote finishes first.
+    let second = b.finish(1).unwrap();
+    let first = a.finish(1).unwrap();
+    assert!(first > second);
+    assert_eq!(a.invalidations(), [(second, vec![Oid(2)])]);
+}
+
+#[test]
+fn a_vote_on_the_same_object_waits_and_reads_the_invalidation_first() {
+    let server = serve(ServerConfig::default(), memory());
+    let (mut a, mut b) = two(&server);
+    let mut c = Peer::new(&server, Encoding::Pickle);
+    let first = a.commit(1, Tid::ZERO, b"x").unwrap();
+    c.ping();
+    for peer in [&mut a, &mut b, &mut c] {
+        peer.notices.clear();
+        peer.begin(1);
+        peer.store(1, 1, first, b"y");
+    }
+    a.vote(1).unwrap();
+    let waiting = send_vote(&mut b, 1);
+    until(&mut a, "waiting", 1);
+    // A waiting client is served, but may not vote again.
+    assert_eq!(b.vote(1).unwrap_err().data, Value::Tuple(vec!["Already voting (waiting)".into()]).as_sent(b.encoding));
+    assert_eq!(b.load(1, Tid::MAX).unwrap().unwrap().1, first);
+    let next = send_vote(&mut c, 1);
+    until(&mut a, "waiting", 2);
+    assert_eq!(a.vote(1).unwrap_err().data, Value::Tuple(vec!["Already voting (locked)".into()]));
+    a.abort(1);
+    // First come, first served.
+    assert_eq!(b.answer(&waiting).unwrap().as_items(), Some(&[][..]));
+    until(&mut a, "waiting", 1);
+    let second = b.finish(1).unwrap();
+    let fault = c.answer(&next).unwrap_err();
+    assert_eq!(c.invalidations(), [(second, vec![Oid(1)])]);
+    let FaultKind::Conflict { oid, serials, is_read, .. } = fault.kind() else { panic!("{fault:?}") };
+    assert_eq!((oid, serials, is_read), (Some(Oid(1)), Some((second, first)), false));
+    // The failed vote has ended the transaction.
+    assert_eq!(c.vote(1).unwrap_err().data, Value::Tuple(vec![Value::None, Value::Int(1)]));
+    c.abort(1);
+    assert_eq!(status(&mut a, "conflicts").as_int(), Some(1));
+    assert_eq!(status(&mut a, "active_txns").as_int(), Some(0));
+}
+
+trait AsSent {
+    fn as_sent(self, encoding: Encoding) -> Self;
+}
+
+impl AsSent for Value {
+    /// Tuples and lists are the same in `M5`.
+    fn as_sent(self, encoding: Encoding) -> Self {
+        match self {
+            Self::List(items) if encoding == Encoding::Msgpack => Self::Tuple(items),
+            other => other,
+        }
+    }
+}
+
+#[test]
+fn whoever_only_reads_an_object_shares_it() {
+    let server = serve(ServerConfig::default(), memory());
+    let (mut a, mut b) = two(&server);
+    let first = a.commit(1, Tid::ZERO, b"x").unwrap();
+    for (peer, oid) in [(&mut a, 2), (&mut b, 3)] {
+        peer.begin(1);
+        peer.cast(Call::CheckCurrentSerial { oid: Oid(1), serial: first, txn: Value::Int(1) });
+        peer.store(1, oid, Tid::ZERO, b"x");
+        peer.vote(1).unwrap();
+    }
+    let mut c = Peer::new(&server, Encoding::Pickle);
+    c.begin(1);
+    c.store(1, 1, first, b"y");
+    let waiting = send_vote(&mut c, 1);
+    until(&mut a, "waiting", 1);
+    a.finish(1).unwrap();
+    b.finish(1).unwrap();
+    c.answer(&waiting).unwrap();
+    let second = c.finish(1).unwrap();
+    b.begin(2);
+    b.cast(Call::CheckCurrentSerial { oid: Oid(1), serial: first, txn: Value::Int(2) });
+    let fault = b.vote(2).unwrap_err();
+    let FaultKind::Conflict { serials, is_read, .. } = fault.kind() else { panic!("{fault:?}") };
+    assert_eq!((serials, is_read), (Some((second, first)), true));
+}
+
+#[test]
+fn finishes_that_come_together_are_committed_together() {
+    let storage = Gated::new(true);
+    let server = serve(ServerConfig::default(), Arc::clone(&storage) as Arc<dyn Storage>);
+    let mut peers: Vec<Peer> = (0..6).map(|_| Peer::new(&server, Encoding::Msgpack)).collect();
+    storage.finishes.shut();
+    let mut ids = Vec::new();
+    for (oid, peer) in peers.iter_mut().enumerate() {
+        peer.begin(1);
+        peer.store(1, oid as u64 + 1, Tid::ZERO, b"x");
+        peer.vote(1).unwrap();
+        ids.push(peer.send(&Call::TpcFinish { txn: Value::Int(1) }, false));
+        if oid == 0 {
+            storage.finishes.wait_for(1);
+        } else {
+            // Has been received.
+            peer.ping_before(&ids[oid]);
+        }
+    }
+    storage.finishes.open();
+    let mut tids: Vec<Tid> =
+        peers.iter_mut().zip(&ids).map(|(peer, id)| peer.answer(id).unwrap().as_tid().unwrap()).collect();
+    let last = *tids.iter().max().unwrap();
+    for peer in &mut peers {
+        peer.ping();
+        let told: Vec<Tid> = peer.invalidations().iter().map(|(tid, _)| *tid).collect();
+        assert!(told.is_sorted() && told.len() == 5);
+    }
+    tids.dedup();
+    assert_eq!(tids.len(), 6);
+    assert_eq!(storage.last_tid(), last);
+    assert_eq!(status(&mut peers[0], "commits").as_int(), Some(6));
+    assert_eq!(status(&mut peers[0], "commit_groups").as_int(), Some(2));
+}
+
+/// The states of a transaction in which its client can vanish.
+#[derive(Clone, Copy, Debug)]
+enum Stage {
+    Begun,
+    Stored,
+    Waiting,
+    Voted,
+    Finishing,
+}
+
+#[test]
+fn a_client_that_vanishes_leaves_nothing_behind() {
+    for stage in [Stage::Begun, Stage::Stored, Stage::Waiting, Stage::Voted, Stage::Finishing] {
+        for by_server in [false, true] {
+            let storage = Gated::new(true);
+            let server = serve(ServerConfig::default(), Arc::clone(&storage) as Arc<dyn Storage>);
+            let (mut a, mut gone) = two(&server);
+            let first = a.commit(1, Tid::ZERO, b"x").unwrap();
+            gone.ping();
+            gone.begin(1);
+            if !matches!(stage, Stage::Begun) {
+                gone.store(1, 1, first, b"theirs");
+            }
+            let mut holder = Peer::new(&server, Encoding::Pickle);
+            match stage {
+                Stage::Begun | Stage::Stored => gone.ping(),
+                Stage::Waiting => {
+                    holder.begin(1);
+                    holder.store(1, 1, first, b"held");
+                    holder.vote(1).unwrap();
+                    send_vote(&mut gone, 1);
+                    until(&mut a, "waiting", 1);
+                }
+                Stage::Voted => drop(gone.vote(1).unwrap()),
+                Stage::Finishing => {
+                    gone.vote(1).unwrap();
+                    storage.finishes.shut();
+                    gone.send(&Call::TpcFinish { txn: Value::Int(1) }, false);
+                    storage.finishes.wait_for(2);
+                }
+            }
+            if by_server {
+                // An error in a call that nobody waits for: the server closes.
+                gone.begin(2);
+                gone.cast(Call::StoreBlobChunk { chunk: "no upload".into() });
+                gone.expect_closed();
+            }
+            drop(gone);
+            until(&mut a, "connections", 2);
+            storage.finishes.open();
+            if matches!(stage, Stage::Waiting) {
+                until(&mut a, "waiting", 0);
+                holder.abort(1);
+            }
+            // What was being finished is committed, and everybody hears of it; all else never happened.
+            let serial = match stage {
+                Stage::Finishing => {
+                    until(&mut a, "commits", 2);
+                    a.invalidations().last().unwrap().0
+                }
+                _ => first,
+            };
+            assert_eq!(a.commit(1, serial, b"next").map(|tid| tid > serial), Ok(true), "{stage:?} {by_server}");
+            until(&mut a, "active_txns", 0);
+        }
+    }
+}
+
+#[test]
+fn a_transaction_that_holds_its_locks_too_long_is_aborted() {
+    let config = ServerConfig { transaction_timeout: Some(Duration::from_millis(200)), ..ServerConfig::default() };
+    let server = serve(config, memory());
+    let (mut hung, mut next) = two(&server);
+    hung.begin(1);
+    hung.store(1, 1, Tid::ZERO, b"x");
+    hung.vote(1).unwrap();
+    // Waiting does not count: it gets its own time when it gets the locks.
+    next.begin(1);
+    next.store(1, 1, Tid::ZERO, b"y");
+    let start = Instant::now();
+    next.vote(1).unwrap();
+    assert!(start.elapsed() > Duration::from_millis(100));
+    next.finish(1).unwrap();
+    hung.expect_closed();
+    // One that holds nothing may take its time.
+    next.begin(2);
+    std::thread::sleep(Duration::from_millis(300));
+    next.store(2, 2, Tid::ZERO, b"y");
+    next.vote(2).unwrap();
+    next.finish(2).unwrap();
+}
+
+#[test]
+fn a_storage_that_fails_in_finish_says_so_and_goes_on_answering() {
+    let storage = Gated::new(true);
+    let server = serve(ServerConfig::default(), Arc::clone(&storage) as Arc<dyn Storage>);
+    let (mut a, mut b) = two(&server);
+    *storage.fails.lock().unwrap() = Some(StorageError::PreviousIo("disk full".into()));
+    let fault = a.commit(1, Tid::ZERO, b"x").unwrap_err();
+    assert!(fault.data.to_string().contains("disk full"), "{fault:?}");
+    b.ping();
+    assert!(b.invalidations().is_empty() && b.notices.is_empty(), "S6");
+    assert_eq!(b.call(Call::LastTransaction).unwrap(), Tid::ZERO.into());
+    // The locks are free.
+    b.commit(1, Tid::ZERO, b"y").unwrap();
+}
+
+#[test]
+fn transactions_out_of_order() {
+    let server = serve(ServerConfig::default(), memory());
+    let (mut a, _) = two(&server);
+    let none = |given: i64| Value::Tuple(vec![Value::None, Value::Int(given)]);
+    assert_eq!(a.vote(1).unwrap_err().data, none(1));
+    assert_eq!(a.call(Call::TpcFinish { txn: Value::Int(1) }).unwrap(), Value::None);
+    a.abort(1);
+    a.begin(1);
+    // The same again is ignored.
+    a.begin(1);
+    assert_eq!(a.vote(2).unwrap_err().data, Value::Tuple(vec![Value::Int(1), Value::Int(2)]));
+    let fault = a.call(Call::TpcFinish { txn: Value::Int(1) }).unwrap_err();
+    assert_eq!(fault.class, "builtins.AssertionError");
+    a.abort(2);
+    a.vote(1).unwrap();
+    a.store(1, 1, Tid::ZERO, b"too late, ignored");
+    let tid = a.finish(1).unwrap();
+    assert!(a.load(1, Tid::MAX).is_err());
+    // Another one beside the open one: closed, as nobody waits for the answer.
+    a.begin(3);
+    a.begin(4);
+    a.expect_closed();
+    let mut b = Peer::new(&server, Encoding::Pickle);
+    assert_eq!(b.registered, tid);
+    b.store(9, 1, Tid::ZERO, b"no transaction");
+    b.expect_closed();
+}
+
+#[test]
+fn deletes_restores_and_undo() {
+    let server = serve(ServerConfig::default(), memory());
+    let (mut a, mut b) = two(&server);
+    let first = a.commit(1, Tid::ZERO, b"one").unwrap();
+    a.begin(2);
+    a.cast(Call::DeleteObject { oid: Oid(1), serial: first, txn: Value::Int(2) });
+    a.vote(2).unwrap();
+    let deleted = a.finish(2).unwrap();
+    b.ping();
+    // Unlike ZEO's, deleted and restored objects are announced.
+    assert_eq!(b.invalidations(), [(first, vec![Oid(1)]), (deleted, vec![Oid(1)])]);
+    assert!(matches!(b.load(1, Tid::MAX).unwrap_err().kind(), FaultKind::NotFound { .. }));
+    assert_eq!(b.load(1, deleted).unwrap(), Some(("one".into(), first, Some(deleted))));
+
+    b.notices.clear();
+    let own_tid = Tid(deleted.0 + 1_000_000);
+    a.cast(Call::TpcBegin {
+        txn: Value::Int(3),
+        user: "u".into(),
+        description: "d".into(),
+        extension: Value::Dict(vec![]),
+        tid: Some(own_tid),
+        status: b' ',
+    });
+    a.cast(Call::Restorea {
+        oid: Oid(5),
+        serial: own_tid,
+        data: Some("restored".into()),
+        prev_txn: None,
+        txn: Value::Int(3),
+    });
+    a.vote(3).unwrap();
+    assert_eq!(a.finish(3), Ok(own_tid));
+    b.ping();
+    assert_eq!(b.invalidations(), [(own_tid, vec![Oid(5)])]);
+
+    let log = b.call(Call::UndoLog { first: 0, last: -20 }).unwrap();
+    let entries = log.as_items().unwrap();
+    assert_eq!(entries.len(), 3);
+    let undo_delete = entries[1].get("id").unwrap().as_bytes().unwrap().clone();
+    assert_eq!(entries[1].get("user_name").unwrap().as_bytes().unwrap(), "user");
+    b.begin(4);
+    b.cast(Call::Undoa { trans_id: undo_delete, txn: Value::Int(4) });
+    assert_eq!(b.vote(4).unwrap().as_items().unwrap(), [Oid(1).into()]);
+    let undone = b.finish(4).unwrap();
+    assert_eq!(a.notice(), zeo_rs::wire::Notice::InvalidateTransaction { tid: undone, oids: vec![Oid(1)] });
+    assert_eq!(a.load(1, Tid::MAX).unwrap().unwrap().0, "one");
+    // What does not exist cannot be undone; the error comes from the vote.
+    a.begin(5);
+    a.cast(Call::Undoa { trans_id: "nonsense".into(), txn: Value::Int(5) });
+    let fault = a.vote(5).unwrap_err();
+    assert_eq!(fault.class, "ZODB.POSException.UndoError");
+    a.ping();
+}
+
+#[test]
+fn clients_resolve_conflicts_if_told_to() {
+    let config = ServerConfig { client_conflict_resolution: true, ..ServerConfig::default() };
+    let server = serve(config, memory());
+    let (mut a, mut b) = two(&server);
+    let first = a.commit(1, Tid::ZERO, b"one").unwrap();
+    let second = a.commit(1, first, b"two").unwrap();
+    b.begin(1);
+    b.store(1, 1, first, b"mine");
+    b.store(1, 2, Tid::ZERO, b"new");
+    let conflicts = b.vote(1).unwrap();
+    let [conflict] = conflicts.as_items().unwrap() else { panic!("{conflicts:?}") };
+    assert_eq!(conflict.get("oid").unwrap().as_oid(), Some(Oid(1)));
+    assert_eq!(conflict.get("data").unwrap().as_bytes().unwrap(), "mine");
+    assert_eq!(conflict.get("serials").unwrap().as_items().unwrap(), [second.into(), first.into()]);
+    // Nothing is held meanwhile.
+    let third = a.commit(2, Tid::ZERO, b"taken").unwrap();
+    b.store(1, 1, second, b"merged");
+    let conflicts = b.vote(1).unwrap();
+    let [conflict] = conflicts.as_items().unwrap() else { panic!("{conflicts:?}") };
+    assert_eq!(conflict.get("oid").unwrap().as_oid(), Some(Oid(2)));
+    b.store(1, 2, third, b"merged too");
+    assert_eq!(b.vote(1).unwrap().as_items(), Some(&[][..]));
+    b.finish(1).unwrap();
+    assert_eq!(b.load(1, Tid::MAX).unwrap().unwrap().0, "merged");
+    assert_eq!(b.load(2, Tid::MAX).unwrap().unwrap().0, "merged too");
+}
+
+#[test]
+fn a_transaction_may_not_grow_without_bound() {
+    let server = serve(ServerConfig { max_staged: 10_000, ..ServerConfig::default() }, memory());
+    let (mut a, mut b) = two(&server);
+    a.begin(1);
+    for oid in 0..20 {
+        a.store(1, oid, Tid::ZERO, &[0; 1000]);
+    }
+    a.expect_closed();
+    b.ping();
+}
+
+#[test]
+fn a_stopping_server_lets_the_voted_finish() {
+    let storage = memory();
+    let mut server = serve(ServerConfig::default(), Arc::clone(&storage) as Arc<dyn Storage>);
+    let (mut voted, mut idle) = two(&server);
+    voted.begin(1);
+    voted.store(1, 1, Tid::ZERO, b"x");
+    voted.vote(1).unwrap();
+    let stopping = std::thread::spawn(move || {
+        let stopped = server.stop();
+        (server, stopped)
+    });
+    idle.expect_closed();
+    let tid = voted.finish(1).unwrap();
+    voted.expect_closed();
+    let (_server, stopped) = stopping.join().unwrap();
+    stopped.unwrap();
+    assert_eq!(storage.last_tid(), tid);
+}

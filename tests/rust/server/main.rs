@@ -1,0 +1,9 @@
+//! The server over real sockets, with the memory storage below it and a client that speaks in single frames.
+
+#![allow(clippy::unwrap_used)]
+
+mod commits;
+mod handshake;
+mod ordering;
+mod peer;
+mod reads;

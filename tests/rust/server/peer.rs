@@ -1,0 +1,394 @@
+//! A client of raw frames, and a storage whose steps a test can hold up.
+
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::path::PathBuf;
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use zeo_rs::ids::{Oid, Tid};
+use zeo_rs::net::Address;
+use zeo_rs::pickle::Value;
+use zeo_rs::server::{Server, ServerConfig, ServerHandle};
+use zeo_rs::storage::memory::MemoryStorage;
+use zeo_rs::storage::{
+    Capabilities, Committed, ConflictResolver, HistoryEntry, Loaded, NextRecord, PackOptions, Result, StagedTxn, Storage,
+    StorageError, TxnIterator, UndoEntry, VoteOutcome, VotedTxn, WholeStorageLock,
+};
+use zeo_rs::wire::{self, Call, Encoding, Fault, FrameReader, MessageId, Notice, ServerMessage};
+
+/// Nothing in these tests takes this long unless it hangs.
+pub const PATIENCE: Duration = Duration::from_secs(30);
+
+pub fn serve(config: ServerConfig, storage: Arc<dyn Storage>) -> ServerHandle {
+    serve_all(config, vec![("1".into(), storage)])
+}
+
+pub fn serve_all(mut config: ServerConfig, storages: Vec<(String, Arc<dyn Storage>)>) -> ServerHandle {
+    config.addresses = vec![Address::tcp("127.0.0.1", 0)];
+    Server::bind(config, storages).unwrap().start().unwrap()
+}
+
+pub fn memory() -> Arc<MemoryStorage> {
+    Arc::new(MemoryStorage::new("memory"))
+}
+
+pub fn port(server: &ServerHandle) -> u16 {
+    match &server.addresses()[0] {
+        Address::Tcp { port, .. } => *port,
+        Address::Unix(_) => panic!("not TCP"),
+    }
+}
+
+pub fn raw(server: &ServerHandle) -> TcpStream {
+    let stream = TcpStream::connect(("127.0.0.1", port(server))).unwrap();
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    stream.set_nodelay(true).unwrap();
+    stream
+}
+
+/// What the peer sends until it closes.
+pub fn read_to_end(stream: &mut TcpStream) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    match stream.read_to_end(&mut bytes) {
+        Ok(_) => {}
+        Err(error) if error.kind() == std::io::ErrorKind::ConnectionReset => {}
+        Err(error) => panic!("not closed: {error}"),
+    }
+    bytes
+}
+
+pub struct Peer {
+    pub stream: TcpStream,
+    pub encoding: Encoding,
+    frames: FrameReader,
+    received: BytesMut,
+    next_id: i64,
+    /// What `register` answered.
+    pub registered: Tid,
+    /// Notices in order of arrival, so far.
+    pub notices: Vec<Notice>,
+}
+
+impl Peer {
+    /// Shakes hands, registers for writing.
+    pub fn new(server: &ServerHandle, encoding: Encoding) -> Self {
+        let mut peer = Self::unregistered(server, encoding);
+        peer.register("1", false).unwrap();
+        peer
+    }
+
+    pub fn unregistered(server: &ServerHandle, encoding: Encoding) -> Self {
+        let mut peer = Self {
+            stream: raw(server),
+            encoding,
+            frames: FrameReader::new(1 << 30),
+            received: BytesMut::new(),
+            next_id: 1,
+            registered: Tid::ZERO,
+            notices: Vec::new(),
+        };
+        assert_eq!(&peer.frame().unwrap()[..], b"Z5");
+        let mut out = BytesMut::new();
+        wire::put_frame(&mut out, encoding.protocol()).unwrap();
+        peer.stream.write_all(&out).unwrap();
+        peer
+    }
+
+    pub fn register(&mut self, storage: &str, read_only: bool) -> Result<Tid, Fault> {
+        let answer = self.call(Call::Register { storage: storage.into(), read_only })?;
+        self.registered = answer.as_tid().unwrap();
+        Ok(self.registered)
+    }
+
+    /// The next frame, or `None` if the server has closed.
+    fn frame(&mut self) -> Option<Bytes> {
+        loop {
+            if let Some(frame) = self.frames.next_frame(&mut self.received).unwrap() {
+                return Some(frame);
+            }
+            let mut buffer = [0; 65536];
+            match self.stream.read(&mut buffer) {
+                Ok(0) => return None,
+                Ok(count) => self.received.extend_from_slice(&buffer[..count]),
+                Err(error) if error.kind() == std::io::ErrorKind::ConnectionReset => return None,
+                Err(error) => panic!("no frame: {error}"),
+            }
+        }
+    }
+
+    /// The next message that is no notice; notices before it are kept.
+    pub fn message(&mut self) -> Option<ServerMessage> {
+        loop {
+            match wire::decode_server_message(self.encoding, &self.frame()?).unwrap() {
+                ServerMessage::Notice(notice) => self.notices.push(notice),
+                message => return Some(message),
+            }
+        }
+    }
+
+    /// Waits for the next notice.
+    pub fn notice(&mut self) -> Notice {
+        match wire::decode_server_message(self.encoding, &self.frame().expect("closed")).unwrap() {
+            ServerMessage::Notice(notice) => notice,
+            message => panic!("no notice: {message:?}"),
+        }
+    }
+
+    pub fn send(&mut self, call: &Call, is_async: bool) -> MessageId {
+        let id = match call {
+            Call::LoadBefore { oid, before } => MessageId::Load { oid: *oid, before: *before },
+            _ if is_async => MessageId::Seq(0),
+            _ => {
+                self.next_id += 1;
+                MessageId::Seq(self.next_id)
+            }
+        };
+        let mut out = BytesMut::new();
+        wire::encode_call(self.encoding, &id, is_async, call, &mut out).unwrap();
+        self.stream.write_all(&out).unwrap();
+        id
+    }
+
+    /// A call without an answer.
+    pub fn cast(&mut self, call: Call) {
+        self.send(&call, true);
+    }
+
+    pub fn call(&mut self, call: Call) -> Result<Value, Fault> {
+        let id = self.send(&call, false);
+        self.answer(&id)
+    }
+
+    /// The answer to the call `id`, which must be the next.
+    pub fn answer(&mut self, id: &MessageId) -> Result<Value, Fault> {
+        match self.message().expect("closed") {
+            ServerMessage::Reply { id: answered, value } if answered == *id => Ok(value),
+            ServerMessage::Fault { id: answered, fault } if answered == *id => Err(fault),
+            other => panic!("no answer to {id:?}: {other:?}"),
+        }
+    }
+
+    pub fn load(&mut self, oid: u64, before: Tid) -> Result<Option<(Bytes, Tid, Option<Tid>)>, Fault> {
+        self.send(&Call::LoadBefore { oid: Oid(oid), before }, false);
+        self.loaded()
+    }
+
+    pub fn loaded(&mut self) -> Result<Option<(Bytes, Tid, Option<Tid>)>, Fault> {
+        match self.message().expect("closed") {
+            ServerMessage::Loaded { loaded, .. } => Ok(loaded),
+            ServerMessage::Fault { fault, .. } => Err(fault),
+            other => panic!("no load: {other:?}"),
+        }
+    }
+
+    pub fn begin(&mut self, key: i64) {
+        self.cast(Call::TpcBegin {
+            txn: Value::Int(key),
+            user: Bytes::from_static(b"user"),
+            description: Bytes::from_static(b"description"),
+            extension: Value::Dict(Vec::new()),
+            tid: None,
+            status: b' ',
+        });
+    }
+
+    pub fn store(&mut self, key: i64, oid: u64, serial: Tid, data: &[u8]) {
+        let data = Bytes::copy_from_slice(data);
+        self.cast(Call::Storea { oid: Oid(oid), serial, data, txn: Value::Int(key) });
+    }
+
+    pub fn vote(&mut self, key: i64) -> Result<Value, Fault> {
+        self.call(Call::Vote { txn: Value::Int(key) })
+    }
+
+    pub fn finish(&mut self, key: i64) -> Result<Tid, Fault> {
+        self.call(Call::TpcFinish { txn: Value::Int(key) }).map(|tid| tid.as_tid().unwrap())
+    }
+
+    pub fn abort(&mut self, key: i64) {
+        self.call(Call::TpcAbort { txn: Value::Int(key) }).unwrap();
+    }
+
+    /// A whole transaction with one object.
+    pub fn commit(&mut self, oid: u64, serial: Tid, data: &[u8]) -> Result<Tid, Fault> {
+        self.begin(1);
+        self.store(1, oid, serial, data);
+        self.vote(1)?;
+        self.finish(1)
+    }
+
+    pub fn ping(&mut self) {
+        assert_eq!(self.call(Call::Ping).unwrap(), Value::None);
+    }
+
+    /// A round trip, while the answer to the call `other` must not come yet.
+    pub fn ping_before(&mut self, other: &MessageId) {
+        let id = self.send(&Call::Ping, false);
+        match self.message().expect("closed") {
+            ServerMessage::Reply { id: answered, .. } if answered == id => {}
+            message => panic!("{other:?} was answered: {message:?}"),
+        }
+    }
+
+    /// The invalidations received so far.
+    pub fn invalidations(&self) -> Vec<(Tid, Vec<Oid>)> {
+        let invalidation = |notice: &Notice| match notice {
+            Notice::InvalidateTransaction { tid, oids } => Some((*tid, oids.clone())),
+            _ => None,
+        };
+        self.notices.iter().filter_map(invalidation).collect()
+    }
+
+    /// The server must close; what it said before is dropped.
+    pub fn expect_closed(&mut self) {
+        while self.frame().is_some() {}
+    }
+}
+
+/// Lets a step pass, or holds it up until the test opens it.
+#[derive(Default)]
+pub struct Gate {
+    state: Mutex<(bool, usize)>,
+    changed: Condvar,
+}
+
+impl Gate {
+    pub fn shut(&self) {
+        self.state.lock().unwrap().0 = true;
+    }
+
+    pub fn open(&self) {
+        self.state.lock().unwrap().0 = false;
+        self.changed.notify_all();
+    }
+
+    fn pass(&self) {
+        let mut state = self.state.lock().unwrap();
+        state.1 += 1;
+        self.changed.notify_all();
+        drop(self.changed.wait_timeout_while(state, PATIENCE, |state| state.0).unwrap());
+    }
+
+    /// Waits until somebody has come to the gate for the `count`th time.
+    pub fn wait_for(&self, count: usize) {
+        let state = self.state.lock().unwrap();
+        let (_, waited) = self.changed.wait_timeout_while(state, PATIENCE, |state| state.1 < count).unwrap();
+        assert!(!waited.timed_out(), "nobody came");
+    }
+}
+
+/// A memory storage whose loads always have to wait for the disk, with gates.
+pub struct Gated {
+    pub inner: MemoryStorage,
+    /// Passed by a load after it has read.
+    pub loads: Gate,
+    pub votes: Gate,
+    pub finishes: Gate,
+    pub fails: Mutex<Option<StorageError>>,
+    pub quick_loads: bool,
+}
+
+impl Gated {
+    pub fn new(quick_loads: bool) -> Arc<Self> {
+        Arc::new(Self {
+            inner: MemoryStorage::new("gated"),
+            loads: Gate::default(),
+            votes: Gate::default(),
+            finishes: Gate::default(),
+            fails: Mutex::default(),
+            quick_loads,
+        })
+    }
+}
+
+impl Storage for Gated {
+    fn name(&self) -> String {
+        self.inner.name()
+    }
+    fn is_read_only(&self) -> bool {
+        false
+    }
+    fn capabilities(&self) -> Capabilities {
+        self.inner.capabilities()
+    }
+    fn object_count(&self) -> u64 {
+        self.inner.object_count()
+    }
+    fn size(&self) -> u64 {
+        self.inner.size()
+    }
+    fn last_tid(&self) -> Tid {
+        self.inner.last_tid()
+    }
+    fn load_before(&self, oid: Oid, before: Tid) -> Result<Option<Loaded>> {
+        let loaded = self.inner.load_before(oid, before);
+        self.loads.pass();
+        loaded
+    }
+    fn try_load_before(&self, oid: Oid, before: Tid) -> Result<Option<Loaded>> {
+        if self.quick_loads { self.inner.load_before(oid, before) } else { Err(StorageError::WouldBlock) }
+    }
+    fn load_serial(&self, oid: Oid, serial: Tid) -> Result<Bytes> {
+        self.inner.load_serial(oid, serial)
+    }
+    fn current_tid(&self, oid: Oid) -> Result<Tid> {
+        self.inner.current_tid(oid)
+    }
+    fn history(&self, oid: Oid, size: usize) -> Result<Vec<HistoryEntry>> {
+        self.inner.history(oid, size)
+    }
+    fn record_iternext(&self, next: Option<Oid>) -> Result<Option<NextRecord>> {
+        self.inner.record_iternext(next)
+    }
+    fn iterate(&self, start: Option<Tid>, stop: Option<Tid>) -> Result<Box<dyn TxnIterator>> {
+        self.inner.iterate(start, stop)
+    }
+    fn last_invalidations(&self, count: usize) -> Result<Vec<(Tid, Vec<Oid>)>> {
+        self.inner.last_invalidations(count)
+    }
+    fn undo_log(
+        &self,
+        first: usize,
+        last: usize,
+        accept: &mut dyn FnMut(&UndoEntry) -> bool,
+    ) -> Result<Vec<UndoEntry>> {
+        self.inner.undo_log(first, last, accept)
+    }
+    fn new_oids(&self, count: usize) -> Result<Vec<Oid>> {
+        self.inner.new_oids(count)
+    }
+    fn vote(&self, txn: StagedTxn, resolver: &dyn ConflictResolver) -> Result<VoteOutcome> {
+        self.votes.pass();
+        self.inner.vote(txn, resolver)
+    }
+    fn finish(&self, group: Vec<VotedTxn>, publish: &mut dyn FnMut(&Committed)) -> Result<()> {
+        self.finishes.pass();
+        match self.fails.lock().unwrap().take() {
+            Some(error) => Err(error),
+            None => self.inner.finish(group, publish),
+        }
+    }
+    fn abort(&self, txn: VotedTxn) {
+        self.inner.abort(txn);
+    }
+    fn pack(&self, options: PackOptions<'_>, switch_lock: &dyn WholeStorageLock) -> Result<()> {
+        self.inner.pack(options, switch_lock)
+    }
+    fn blob_path(&self, oid: Oid, serial: Tid) -> Result<PathBuf> {
+        self.inner.blob_path(oid, serial)
+    }
+    fn temporary_directory(&self) -> Result<PathBuf> {
+        self.inner.temporary_directory()
+    }
+    fn blob_oid_directory(&self, oid: Oid) -> Result<PathBuf> {
+        self.inner.blob_oid_directory(oid)
+    }
+    fn checkpoint(&self) -> Result<()> {
+        Ok(())
+    }
+    fn close(&self) -> Result<()> {
+        self.inner.close()
+    }
+}
