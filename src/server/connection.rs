@@ -195,6 +195,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Connection<S> {
             tokio::select! {
                 biased;
                 () = mailbox.filled(), if session.may_listen() => {}
+                () = mailbox.until_condemned(), if !session.may_listen() => {}
                 () = sleep_until(deadline.unwrap_or_else(Instant::now).into()), if deadline.is_some() => {
                     session.time_out();
                 }

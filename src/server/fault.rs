@@ -2,6 +2,7 @@
 
 use crate::pickle::{self, Value};
 use crate::storage::StorageError;
+use crate::storage::transform::untransform;
 use crate::wire::Fault;
 
 const FILE_STORAGE: &str = "ZODB.FileStorage.FileStorage.";
@@ -13,7 +14,8 @@ pub(crate) fn of(error: &StorageError) -> Fault {
         StorageError::NotFound(oid) => Fault::pos_key(*oid),
         StorageError::NoBlob { oid, serial } => Fault::no_blob(*oid, *serial),
         StorageError::Conflict(conflict) => {
-            let class = class_name(&conflict.data);
+            let record = untransform(&conflict.data).unwrap_or_default();
+            let class = pickle::class_of(&record).map(|(module, name)| format!("{module}.{name}"));
             Fault::conflict(conflict.oid, conflict.committed, conflict.read, class.as_deref())
         }
         StorageError::ReadConflict { oid, committed, read } => Fault::read_conflict(*oid, *committed, *read),
@@ -34,37 +36,10 @@ pub(crate) fn of(error: &StorageError) -> Fault {
     }
 }
 
-/// `module.Class` of a data record, where its pickle starts with the class as ZODB's own do.
-fn class_name(record: &[u8]) -> Option<String> {
-    let rest = match record {
-        [0x80, _protocol, rest @ ..] => rest,
-        rest => rest,
-    };
-    let rest = rest.strip_prefix(b"(").unwrap_or(rest).strip_prefix(b"c")?;
-    let mut lines = rest.split(|byte| *byte == b'\n');
-    let (module, name) = (std::str::from_utf8(lines.next()?).ok()?, std::str::from_utf8(lines.next()?).ok()?);
-    lines.next()?;
-    (!module.is_empty() && !name.is_empty()).then(|| format!("{module}.{name}"))
-}
-
 /// The extension of a transaction as pairs of a dict; what cannot be read is left out rather than fail the whole answer.
 pub(crate) fn extension(stored: &[u8]) -> Vec<(Value, Value)> {
     match pickle::decode_extension(stored) {
         Ok(Value::Dict(pairs)) => pairs,
         _ => Vec::new(),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn classes_of_records() {
-        assert_eq!(class_name(b"\x80\x03cpkg.mod\nCls\nq\x01.").as_deref(), Some("pkg.mod.Cls"));
-        assert_eq!(class_name(b"\x80\x02(cm\nC\nq\x01tq\x02.").as_deref(), Some("m.C"));
-        for other in [&b""[..], b"\x80\x03", b"\x80\x03cm", b"\x80\x03cm\nC", b"\x80\x03c\n\n.", b"(dp1\n."] {
-            assert_eq!(class_name(other), None, "{other:?}");
-        }
     }
 }

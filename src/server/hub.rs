@@ -89,7 +89,7 @@ pub(crate) struct HubOptions {
     pub(crate) transaction_timeout: Option<Duration>,
     pub(crate) client_conflict_resolution: bool,
     pub(crate) resolver: Arc<dyn ConflictResolver>,
-    pub(crate) references: Option<Arc<dyn References>>,
+    pub(crate) references: Arc<dyn References>,
 }
 
 /// See the module documentation.
@@ -211,9 +211,7 @@ impl Hub {
         registry.queue.clear();
         registry.queue.push_back((last_tid, Arc::new([])));
         for mailbox in registry.listeners.values() {
-            mailbox.post(Event::Close(
-                "the storage was exchanged below; clients have to verify their caches".into(),
-            ));
+            mailbox.condemn("the storage was exchanged below; clients have to verify their caches".into());
         }
     }
 }

@@ -119,7 +119,7 @@ impl Server {
                 transaction_timeout: config.transaction_timeout,
                 client_conflict_resolution: config.client_conflict_resolution,
                 resolver: Arc::clone(&config.resolver),
-                references: config.references.clone(),
+                references: Arc::clone(&config.references),
             };
             let hub = Hub::start(name.clone(), Arc::clone(storage), options);
             hubs.push(hub.map_err(|source| ServerError::Storage { name: name.clone(), source })?);

@@ -75,16 +75,16 @@ pub(crate) enum Event {
     Info(StorageInfo),
     /// The result of a worker thread, or a lock that was granted.
     Continue(Continuation),
-    /// Close, for this reason.
-    Close(String),
 }
 
 struct State {
     events: VecDeque<Event>,
     /// Weight of the invalidations among them.
     unread: usize,
-    /// Nobody reads it any more.
+    /// Nothing more is kept.
     closed: bool,
+    /// Why the connection is to be closed, now, whatever it is doing.
+    condemned: Option<String>,
     /// Whose it is, for people.
     label: String,
     read_only: bool,
@@ -95,6 +95,7 @@ pub(crate) struct Mailbox {
     state: Mutex<State>,
     /// Lets the connection's task skip the mutex when there is nothing.
     filled: AtomicBool,
+    condemned: AtomicBool,
     wake: Notify,
     limit: usize,
     peer: String,
@@ -108,10 +109,12 @@ impl Mailbox {
                 events: VecDeque::new(),
                 unread: 0,
                 closed: false,
+                condemned: None,
                 label: String::new(),
                 read_only: false,
             }),
             filled: AtomicBool::new(false),
+            condemned: AtomicBool::new(false),
             wake: Notify::new(),
             limit,
             peer,
@@ -147,30 +150,46 @@ impl Mailbox {
             Event::Published(publication) => publication.weight(),
             _ => 0,
         };
-        let mut rejected = None;
-        {
-            let mut state = self.lock();
-            if state.closed {
-                rejected = Some(event);
-            } else {
-                state.unread += weight;
-                if state.unread > self.limit {
-                    let reason =
-                        format!("it does not read its invalidations ({} bytes wait for it)", state.unread);
-                    let unread = std::mem::take(&mut state.events);
-                    state.events.push_back(Event::Close(reason));
-                    state.closed = true;
-                    // Continuations among them may hold locks, whose release takes other mutexes.
-                    drop(state);
-                    drop(unread);
-                } else {
-                    state.events.push_back(event);
-                }
-            }
+        let mut state = self.lock();
+        if state.closed {
+            // What it holds may have locks to release, which takes other mutexes.
+            drop(state);
+            return drop(event);
         }
-        drop(rejected);
+        state.unread += weight;
+        if state.unread > self.limit {
+            let reason = format!("it does not read its invalidations ({} bytes wait for it)", state.unread);
+            drop(state);
+            return self.condemn(reason);
+        }
+        state.events.push_back(event);
+        drop(state);
         self.filled.store(true, Ordering::Release);
         self.wake.notify_one();
+    }
+
+    /// The connection is to be closed for this reason, even if it is busy or its client does not read.
+    pub(crate) fn condemn(&self, reason: String) {
+        let mut state = self.lock();
+        state.closed = true;
+        state.condemned.get_or_insert(reason);
+        let unread = std::mem::take(&mut state.events);
+        drop(state);
+        drop(unread);
+        self.condemned.store(true, Ordering::Release);
+        self.wake.notify_one();
+    }
+
+    /// Whether [`Self::condemn`] was called, and why.
+    pub(crate) fn sentence(&self) -> Option<String> {
+        if self.condemned.load(Ordering::Acquire) { self.lock().condemned.clone() } else { None }
+    }
+
+    /// Waits for [`Self::condemn`] only, while the connection cannot take events.
+    pub(crate) async fn until_condemned(&self) {
+        while !self.condemned.load(Ordering::Acquire) {
+            self.wake.notified().await;
+        }
     }
 
     /// Takes everything posted so far.
@@ -187,8 +206,9 @@ impl Mailbox {
         }
     }
 
+    /// Waits until there is something to take, or the connection is condemned.
     pub(crate) async fn filled(&self) {
-        if !self.filled.load(Ordering::Acquire) {
+        while !self.filled.load(Ordering::Acquire) && !self.condemned.load(Ordering::Acquire) {
             self.wake.notified().await;
         }
     }

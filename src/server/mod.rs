@@ -37,6 +37,7 @@ use std::time::Duration;
 use crate::limits;
 use crate::net::Address;
 use crate::net::tls::ServerTls;
+use crate::storage::transform::RecordReferences;
 use crate::storage::{ConflictResolver, NoResolution, References};
 use hub::Hub;
 pub use listener::{Server, ServerError, ServerHandle};
@@ -59,8 +60,8 @@ pub struct ServerConfig {
     pub client_conflict_resolution: bool,
     /// Resolves conflicts here, if clients do not.
     pub resolver: Arc<dyn ConflictResolver>,
-    /// Finds the references in a record; without it nothing can be packed.
-    pub references: Option<Arc<dyn References>>,
+    /// Finds the references in a record, for pack.
+    pub references: Arc<dyn References>,
     /// Largest message accepted.
     pub max_frame: usize,
     /// Connections beyond this number are closed at once.
@@ -92,7 +93,7 @@ impl Default for ServerConfig {
             transaction_timeout: Some(Duration::from_secs(30)),
             client_conflict_resolution: false,
             resolver: Arc::new(NoResolution),
-            references: None,
+            references: Arc::new(RecordReferences),
             max_frame: limits::MAX_FRAME,
             max_connections: 10_000,
             max_unread: 16 << 20,

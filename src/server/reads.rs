@@ -178,9 +178,6 @@ impl Session {
 
     /// Packs on a worker thread. Everybody is told the new size; whoever waits gets the reply after that.
     pub(crate) fn pack(&mut self, hub: &Arc<Hub>, to: &mut ReplyTo, time: f64, wait: bool) -> Served {
-        let Some(references) = hub.options.references.clone() else {
-            return Err(fault::of(&StorageError::Unsupported("pack")));
-        };
         let waits = wait && !to.is_async;
         let worker_hub = Arc::clone(hub);
         let server = Arc::clone(&self.server);
@@ -192,7 +189,7 @@ impl Session {
             let options = PackOptions {
                 time,
                 gc: None,
-                references: &*references,
+                references: &*hub.options.references,
                 progress: &mut |progress| {
                     hub.pack.set(Some(progress.clone()));
                     !server.is_stopping()

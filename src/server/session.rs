@@ -152,6 +152,9 @@ impl Session {
     ///
     /// Called after reading from the socket and before serving what was read, which makes every request a barrier.
     pub(crate) fn listen(&mut self) {
+        if let Some(reason) = self.mailbox.sentence() {
+            self.close(reason);
+        }
         loop {
             while self.stream.is_none() && self.closing.is_none() {
                 let Some(event) = self.events.pop_front() else { break };
@@ -182,7 +185,6 @@ impl Session {
             }
             Event::Info(info) => self.tell_info(info),
             Event::Continue(continuation) => continuation(self),
-            Event::Close(reason) => self.close(reason),
         }
     }
 
@@ -339,15 +341,12 @@ impl Session {
     ) {
         self.jobs += 1;
         let mailbox = Arc::clone(&self.mailbox);
-        self.runtime.spawn_blocking(move || {
-            let event = match catch_unwind(AssertUnwindSafe(work)) {
-                Ok(done) => Event::Continue(Box::new(move |session: &mut Self| {
-                    session.jobs -= 1;
-                    then(session, done);
-                })),
-                Err(_) => Event::Close("internal error: a worker thread panicked".into()),
-            };
-            mailbox.post(event);
+        self.runtime.spawn_blocking(move || match catch_unwind(AssertUnwindSafe(work)) {
+            Ok(done) => mailbox.post(Event::Continue(Box::new(move |session: &mut Self| {
+                session.jobs -= 1;
+                then(session, done);
+            }))),
+            Err(_) => mailbox.condemn("internal error: a worker thread panicked".into()),
         });
     }
 

@@ -64,7 +64,10 @@ fn a_vote_on_the_same_object_waits_and_reads_the_invalidation_first() {
     let waiting = send_vote(&mut b, 1);
     until(&mut a, "waiting", 1);
     // A waiting client is served, but may not vote again.
-    assert_eq!(b.vote(1).unwrap_err().data, Value::Tuple(vec!["Already voting (waiting)".into()]).as_sent(b.encoding));
+    assert_eq!(
+        b.vote(1).unwrap_err().data,
+        Value::Tuple(vec!["Already voting (waiting)".into()]).as_sent(b.encoding)
+    );
     assert_eq!(b.load(1, Tid::MAX).unwrap().unwrap().1, first);
     let next = send_vote(&mut c, 1);
     until(&mut a, "waiting", 2);
@@ -223,7 +226,11 @@ fn a_client_that_vanishes_leaves_nothing_behind() {
                 }
                 _ => first,
             };
-            assert_eq!(a.commit(1, serial, b"next").map(|tid| tid > serial), Ok(true), "{stage:?} {by_server}");
+            assert_eq!(
+                a.commit(1, serial, b"next").map(|tid| tid > serial),
+                Ok(true),
+                "{stage:?} {by_server}"
+            );
             until(&mut a, "active_txns", 0);
         }
     }
@@ -231,7 +238,8 @@ fn a_client_that_vanishes_leaves_nothing_behind() {
 
 #[test]
 fn a_transaction_that_holds_its_locks_too_long_is_aborted() {
-    let config = ServerConfig { transaction_timeout: Some(Duration::from_millis(200)), ..ServerConfig::default() };
+    let config =
+        ServerConfig { transaction_timeout: Some(Duration::from_millis(200)), ..ServerConfig::default() };
     let server = serve(config, memory());
     let (mut hung, mut next) = two(&server);
     hung.begin(1);

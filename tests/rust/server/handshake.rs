@@ -36,8 +36,7 @@ fn both_encodings_are_spoken_whatever_was_announced() {
 
 #[test]
 fn ruok_is_answered_with_the_status_of_all_storages() {
-    let server =
-        serve_all(ServerConfig::default(), vec![("1".into(), memory()), ("other".into(), memory())]);
+    let server = serve_all(ServerConfig::default(), vec![("1".into(), memory()), ("other".into(), memory())]);
     let mut stream = raw(&server);
     stream.write_all(&framed(b"ruok")).unwrap();
     let answer = read_to_end(&mut stream);
@@ -47,8 +46,18 @@ fn ruok_is_answered_with_the_status_of_all_storages() {
     let status: serde_json::Value = serde_json::from_slice(&json[4..]).unwrap();
     assert_eq!(status["other"]["last-transaction"], "0000000000000000");
     for key in [
-        "connections", "loads", "stores", "commits", "aborts", "conflicts", "conflicts_resolved", "active_txns", "lock_time",
-        "waiting", "start", "timeout-thread-is-alive",
+        "connections",
+        "loads",
+        "stores",
+        "commits",
+        "aborts",
+        "conflicts",
+        "conflicts_resolved",
+        "active_txns",
+        "lock_time",
+        "waiting",
+        "start",
+        "timeout-thread-is-alive",
     ] {
         assert!(status["1"].get(key).is_some(), "{key}");
     }
@@ -97,7 +106,12 @@ fn whoever_speaks_no_zeo_loses_his_connection_and_nobody_else_notices() {
         let mut stream = raw(&server);
         stream.write_all(&framed(protocol)).unwrap();
         stream.write_all(&message).unwrap();
-        assert_eq!(read_to_end(&mut stream), ANNOUNCED, "{}", message[..20.min(message.len())].escape_ascii());
+        assert_eq!(
+            read_to_end(&mut stream),
+            ANNOUNCED,
+            "{}",
+            message[..20.min(message.len())].escape_ascii()
+        );
     }
     // Cut off in the middle.
     for cut in [1, 5, 7] {
@@ -185,7 +199,11 @@ fn unknown_methods_and_wrong_arguments() {
     // Too many arguments of a call that waits: TypeError. Of one that does not: closed.
     let answer = send(b"\x94\x02\xc2\xa4ping\x91\x01");
     let fault = &answer[registered.len() + 4..];
-    assert!(fault.starts_with(b"\x94\x02\x02\xa6.reply\x92\xb2builtins.TypeError"), "{}", fault.escape_ascii());
+    assert!(
+        fault.starts_with(b"\x94\x02\x02\xa6.reply\x92\xb2builtins.TypeError"),
+        "{}",
+        fault.escape_ascii()
+    );
     assert_eq!(send(b"\x94\x00\xc3\xa4ping\x91\x01"), registered);
     // An oid that is none.
     let answer = send(b"\x94\x02\xc2\xa6getTid\x91\xc4\x01x");

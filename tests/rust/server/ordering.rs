@@ -302,7 +302,7 @@ fn missed_invalidations_are_answered_from_the_queue() {
 
 #[test]
 fn a_client_that_does_not_read_is_dropped_and_others_are_not_held_up() {
-    let config = ServerConfig { max_unread: 200_000, ..ServerConfig::default() };
+    let config = ServerConfig { max_unread: 20_000, ..ServerConfig::default() };
     let server = serve(config, memory());
     let mut writer = Peer::new(&server, Encoding::Msgpack);
     let mut reader = Peer::new(&server, Encoding::Msgpack);
@@ -314,7 +314,7 @@ fn a_client_that_does_not_read_is_dropped_and_others_are_not_held_up() {
         sleeper.send(&Call::LoadBefore { oid: Oid(1), before: big.next() }, false);
     }
     let mut serial = Tid::ZERO;
-    for round in 0.. {
+    for round in 0u32.. {
         serial = writer.commit(2, serial, b"x").unwrap();
         writer.notices.clear();
         reader.ping();
@@ -325,7 +325,7 @@ fn a_client_that_does_not_read_is_dropped_and_others_are_not_held_up() {
                 break;
             }
         }
-        assert!(round < 20_000, "the sleeper is still there");
+        assert!(round < 1000, "the sleeper is still there");
     }
     sleeper.expect_closed();
     reader.ping();

@@ -13,8 +13,8 @@ use zeo_rs::pickle::Value;
 use zeo_rs::server::{Server, ServerConfig, ServerHandle};
 use zeo_rs::storage::memory::MemoryStorage;
 use zeo_rs::storage::{
-    Capabilities, Committed, ConflictResolver, HistoryEntry, Loaded, NextRecord, PackOptions, Result, StagedTxn, Storage,
-    StorageError, TxnIterator, UndoEntry, VoteOutcome, VotedTxn, WholeStorageLock,
+    Capabilities, Committed, ConflictResolver, HistoryEntry, Loaded, NextRecord, PackOptions, Result,
+    StagedTxn, Storage, StorageError, TxnIterator, UndoEntry, VoteOutcome, VotedTxn, WholeStorageLock,
 };
 use zeo_rs::wire::{self, Call, Encoding, Fault, FrameReader, MessageId, Notice, ServerMessage};
 
@@ -274,7 +274,8 @@ impl Gate {
     /// Waits until somebody has come to the gate for the `count`th time.
     pub fn wait_for(&self, count: usize) {
         let state = self.state.lock().unwrap();
-        let (_, waited) = self.changed.wait_timeout_while(state, PATIENCE, |state| state.1 < count).unwrap();
+        let (_state, waited) =
+            self.changed.wait_timeout_while(state, PATIENCE, |state| state.1 < count).unwrap();
         assert!(!waited.timed_out(), "nobody came");
     }
 }

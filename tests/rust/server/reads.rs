@@ -22,8 +22,13 @@ fn info_oids_and_labels() {
         assert_eq!(info.get("name").unwrap().as_str(), Some("memory"));
         assert_eq!(info.get("supportsUndo"), Some(&Value::Bool(true)));
         let Some(Value::Tuple(interfaces)) = info.get("interfaces") else { panic!("{info:?}") };
-        assert_eq!(interfaces.last().unwrap(), &Value::Tuple(vec!["zope.interface".into(), "Interface".into()]));
-        let oids = |value: Value| value.as_items().unwrap().iter().map(|oid| oid.as_oid().unwrap()).collect::<Vec<_>>();
+        assert_eq!(
+            interfaces.last().unwrap(),
+            &Value::Tuple(vec!["zope.interface".into(), "Interface".into()])
+        );
+        let oids = |value: Value| {
+            value.as_items().unwrap().iter().map(|oid| oid.as_oid().unwrap()).collect::<Vec<_>>()
+        };
         let some = oids(peer.call(Call::NewOids { count: 1000 }).unwrap());
         let more = oids(peer.call(Call::NewOids { count: -1 }).unwrap());
         assert_eq!((some.len(), more.len()), (100, 1));
@@ -45,7 +50,8 @@ fn history_and_serials() {
     assert!(matches!(fault.kind(), FaultKind::NotFound { .. }));
     assert_eq!(peer.call(Call::GetTid { oid: Oid(1) }).unwrap(), second.into());
     let history = peer.call(Call::History { oid: Oid(1), size: 10 }).unwrap();
-    let sizes: Vec<_> = history.as_items().unwrap().iter().map(|entry| entry.get("size").unwrap().as_int()).collect();
+    let sizes: Vec<_> =
+        history.as_items().unwrap().iter().map(|entry| entry.get("size").unwrap().as_int()).collect();
     assert_eq!(sizes, [Some(5), Some(3)]);
     assert_eq!(peer.call(Call::History { oid: Oid(1), size: 0 }).unwrap(), Value::List(vec![]));
     assert_eq!(peer.load(1, second).unwrap(), Some(("one".into(), first, Some(second))));
@@ -94,7 +100,9 @@ fn iterators() {
     let ids: Vec<_> = (0..4).map(|_| peer.send(&Call::IteratorNext { iid }, false)).collect();
     let answers: Vec<_> = ids.iter().map(|id| peer.answer(id).unwrap()).collect();
     assert_eq!(answers[3], Value::None);
-    assert!(answers[..3].iter().zip(&tids).all(|(answer, tid)| answer.as_items().unwrap()[0] == (*tid).into()));
+    assert!(
+        answers[..3].iter().zip(&tids).all(|(answer, tid)| answer.as_items().unwrap()[0] == (*tid).into())
+    );
     for _ in 0..1000 {
         peer.call(Call::IteratorStart { start: None, stop: None }).unwrap();
     }
@@ -136,7 +144,8 @@ fn blobs_go_up_and_down() {
     let directory = tempfile::tempdir().unwrap();
     let storage = Arc::new(MemoryStorage::with_blobs("blobs", directory.path()));
     let server = serve(ServerConfig::default(), storage);
-    for (oid, size) in [(1, 0), (2, 1), (3, 59_000), (4, 59_000 * 16), (5, 59_000 * 16 + 1), (6, 20_000_000)] {
+    for (oid, size) in [(1, 0), (2, 1), (3, 59_000), (4, 59_000 * 16), (5, 59_000 * 16 + 1), (6, 20_000_000)]
+    {
         for encoding in [Encoding::Pickle, Encoding::Msgpack] {
             let oid = if encoding == Encoding::Pickle { oid } else { oid + 100 };
             let mut peer = Peer::new(&server, encoding);
@@ -255,7 +264,7 @@ impl References for NoReferences {
 
 #[test]
 fn pack_tells_everybody_the_new_size() {
-    let config = ServerConfig { references: Some(Arc::new(NoReferences)), ..ServerConfig::default() };
+    let config = ServerConfig { references: Arc::new(NoReferences), ..ServerConfig::default() };
     let server = serve(config, memory());
     let mut a = Peer::new(&server, Encoding::Pickle);
     let mut b = Peer::unregistered(&server, Encoding::Msgpack);
