@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use zeo_rs::ids::{Oid, Tid};
 use zeo_rs::pickle::Value;
 use zeo_rs::server::{ServerConfig, ServerHandle};
-use zeo_rs::storage::{Storage, TxnIterator};
+use zeo_rs::storage::Storage;
 use zeo_rs::wire::{Call, Encoding, Notice, ServerMessage};
 
 use crate::peer::{Gated, PATIENCE, Peer, memory, serve};

@@ -19,29 +19,29 @@ use zeo_rs::storage::{
 use zeo_rs::wire::{self, Call, Encoding, Fault, FrameReader, MessageId, Notice, ServerMessage};
 
 /// Nothing in these tests takes this long unless it hangs.
-pub const PATIENCE: Duration = Duration::from_secs(30);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 
-pub fn serve(config: ServerConfig, storage: Arc<dyn Storage>) -> ServerHandle {
+pub(crate) fn serve(config: ServerConfig, storage: Arc<dyn Storage>) -> ServerHandle {
     serve_all(config, vec![("1".into(), storage)])
 }
 
-pub fn serve_all(mut config: ServerConfig, storages: Vec<(String, Arc<dyn Storage>)>) -> ServerHandle {
+pub(crate) fn serve_all(mut config: ServerConfig, storages: Vec<(String, Arc<dyn Storage>)>) -> ServerHandle {
     config.addresses = vec![Address::tcp("127.0.0.1", 0)];
     Server::bind(config, storages).unwrap().start().unwrap()
 }
 
-pub fn memory() -> Arc<MemoryStorage> {
+pub(crate) fn memory() -> Arc<MemoryStorage> {
     Arc::new(MemoryStorage::new("memory"))
 }
 
-pub fn port(server: &ServerHandle) -> u16 {
+pub(crate) fn port(server: &ServerHandle) -> u16 {
     match &server.addresses()[0] {
         Address::Tcp { port, .. } => *port,
         Address::Unix(_) => panic!("not TCP"),
     }
 }
 
-pub fn raw(server: &ServerHandle) -> TcpStream {
+pub(crate) fn raw(server: &ServerHandle) -> TcpStream {
     let stream = TcpStream::connect(("127.0.0.1", port(server))).unwrap();
     stream.set_read_timeout(Some(PATIENCE)).unwrap();
     stream.set_nodelay(true).unwrap();
@@ -49,7 +49,7 @@ pub fn raw(server: &ServerHandle) -> TcpStream {
 }
 
 /// What the peer sends until it closes.
-pub fn read_to_end(stream: &mut TcpStream) -> Vec<u8> {
+pub(crate) fn read_to_end(stream: &mut TcpStream) -> Vec<u8> {
     let mut bytes = Vec::new();
     match stream.read_to_end(&mut bytes) {
         Ok(_) => {}
@@ -59,27 +59,27 @@ pub fn read_to_end(stream: &mut TcpStream) -> Vec<u8> {
     bytes
 }
 
-pub struct Peer {
-    pub stream: TcpStream,
-    pub encoding: Encoding,
+pub(crate) struct Peer {
+    pub(crate) stream: TcpStream,
+    pub(crate) encoding: Encoding,
     frames: FrameReader,
     received: BytesMut,
     next_id: i64,
     /// What `register` answered.
-    pub registered: Tid,
+    pub(crate) registered: Tid,
     /// Notices in order of arrival, so far.
-    pub notices: Vec<Notice>,
+    pub(crate) notices: Vec<Notice>,
 }
 
 impl Peer {
     /// Shakes hands, registers for writing.
-    pub fn new(server: &ServerHandle, encoding: Encoding) -> Self {
+    pub(crate) fn new(server: &ServerHandle, encoding: Encoding) -> Self {
         let mut peer = Self::unregistered(server, encoding);
         peer.register("1", false).unwrap();
         peer
     }
 
-    pub fn unregistered(server: &ServerHandle, encoding: Encoding) -> Self {
+    pub(crate) fn unregistered(server: &ServerHandle, encoding: Encoding) -> Self {
         let mut peer = Self {
             stream: raw(server),
             encoding,
@@ -96,7 +96,7 @@ impl Peer {
         peer
     }
 
-    pub fn register(&mut self, storage: &str, read_only: bool) -> Result<Tid, Fault> {
+    pub(crate) fn register(&mut self, storage: &str, read_only: bool) -> Result<Tid, Fault> {
         let answer = self.call(Call::Register { storage: storage.into(), read_only })?;
         self.registered = answer.as_tid().unwrap();
         Ok(self.registered)
@@ -119,7 +119,7 @@ impl Peer {
     }
 
     /// The next message that is no notice; notices before it are kept.
-    pub fn message(&mut self) -> Option<ServerMessage> {
+    pub(crate) fn message(&mut self) -> Option<ServerMessage> {
         loop {
             match wire::decode_server_message(self.encoding, &self.frame()?).unwrap() {
                 ServerMessage::Notice(notice) => self.notices.push(notice),
@@ -129,14 +129,14 @@ impl Peer {
     }
 
     /// Waits for the next notice.
-    pub fn notice(&mut self) -> Notice {
+    pub(crate) fn notice(&mut self) -> Notice {
         match wire::decode_server_message(self.encoding, &self.frame().expect("closed")).unwrap() {
             ServerMessage::Notice(notice) => notice,
             message => panic!("no notice: {message:?}"),
         }
     }
 
-    pub fn send(&mut self, call: &Call, is_async: bool) -> MessageId {
+    pub(crate) fn send(&mut self, call: &Call, is_async: bool) -> MessageId {
         let id = match call {
             Call::LoadBefore { oid, before } => MessageId::Load { oid: *oid, before: *before },
             _ if is_async => MessageId::Seq(0),
@@ -152,17 +152,17 @@ impl Peer {
     }
 
     /// A call without an answer.
-    pub fn cast(&mut self, call: Call) {
+    pub(crate) fn cast(&mut self, call: Call) {
         self.send(&call, true);
     }
 
-    pub fn call(&mut self, call: Call) -> Result<Value, Fault> {
+    pub(crate) fn call(&mut self, call: Call) -> Result<Value, Fault> {
         let id = self.send(&call, false);
         self.answer(&id)
     }
 
     /// The answer to the call `id`, which must be the next.
-    pub fn answer(&mut self, id: &MessageId) -> Result<Value, Fault> {
+    pub(crate) fn answer(&mut self, id: &MessageId) -> Result<Value, Fault> {
         match self.message().expect("closed") {
             ServerMessage::Reply { id: answered, value } if answered == *id => Ok(value),
             ServerMessage::Fault { id: answered, fault } if answered == *id => Err(fault),
@@ -170,12 +170,12 @@ impl Peer {
         }
     }
 
-    pub fn load(&mut self, oid: u64, before: Tid) -> Result<Option<(Bytes, Tid, Option<Tid>)>, Fault> {
+    pub(crate) fn load(&mut self, oid: u64, before: Tid) -> Result<Option<(Bytes, Tid, Option<Tid>)>, Fault> {
         self.send(&Call::LoadBefore { oid: Oid(oid), before }, false);
         self.loaded()
     }
 
-    pub fn loaded(&mut self) -> Result<Option<(Bytes, Tid, Option<Tid>)>, Fault> {
+    pub(crate) fn loaded(&mut self) -> Result<Option<(Bytes, Tid, Option<Tid>)>, Fault> {
         match self.message().expect("closed") {
             ServerMessage::Loaded { loaded, .. } => Ok(loaded),
             ServerMessage::Fault { fault, .. } => Err(fault),
@@ -183,7 +183,7 @@ impl Peer {
         }
     }
 
-    pub fn begin(&mut self, key: i64) {
+    pub(crate) fn begin(&mut self, key: i64) {
         self.cast(Call::TpcBegin {
             txn: Value::Int(key),
             user: Bytes::from_static(b"user"),
@@ -194,37 +194,37 @@ impl Peer {
         });
     }
 
-    pub fn store(&mut self, key: i64, oid: u64, serial: Tid, data: &[u8]) {
+    pub(crate) fn store(&mut self, key: i64, oid: u64, serial: Tid, data: &[u8]) {
         let data = Bytes::copy_from_slice(data);
         self.cast(Call::Storea { oid: Oid(oid), serial, data, txn: Value::Int(key) });
     }
 
-    pub fn vote(&mut self, key: i64) -> Result<Value, Fault> {
+    pub(crate) fn vote(&mut self, key: i64) -> Result<Value, Fault> {
         self.call(Call::Vote { txn: Value::Int(key) })
     }
 
-    pub fn finish(&mut self, key: i64) -> Result<Tid, Fault> {
+    pub(crate) fn finish(&mut self, key: i64) -> Result<Tid, Fault> {
         self.call(Call::TpcFinish { txn: Value::Int(key) }).map(|tid| tid.as_tid().unwrap())
     }
 
-    pub fn abort(&mut self, key: i64) {
+    pub(crate) fn abort(&mut self, key: i64) {
         self.call(Call::TpcAbort { txn: Value::Int(key) }).unwrap();
     }
 
     /// A whole transaction with one object.
-    pub fn commit(&mut self, oid: u64, serial: Tid, data: &[u8]) -> Result<Tid, Fault> {
+    pub(crate) fn commit(&mut self, oid: u64, serial: Tid, data: &[u8]) -> Result<Tid, Fault> {
         self.begin(1);
         self.store(1, oid, serial, data);
         self.vote(1)?;
         self.finish(1)
     }
 
-    pub fn ping(&mut self) {
+    pub(crate) fn ping(&mut self) {
         assert_eq!(self.call(Call::Ping).unwrap(), Value::None);
     }
 
     /// A round trip, while the answer to the call `other` must not come yet.
-    pub fn ping_before(&mut self, other: &MessageId) {
+    pub(crate) fn ping_before(&mut self, other: &MessageId) {
         let id = self.send(&Call::Ping, false);
         match self.message().expect("closed") {
             ServerMessage::Reply { id: answered, .. } if answered == id => {}
@@ -233,7 +233,7 @@ impl Peer {
     }
 
     /// The invalidations received so far.
-    pub fn invalidations(&self) -> Vec<(Tid, Vec<Oid>)> {
+    pub(crate) fn invalidations(&self) -> Vec<(Tid, Vec<Oid>)> {
         let invalidation = |notice: &Notice| match notice {
             Notice::InvalidateTransaction { tid, oids } => Some((*tid, oids.clone())),
             _ => None,
@@ -242,24 +242,24 @@ impl Peer {
     }
 
     /// The server must close; what it said before is dropped.
-    pub fn expect_closed(&mut self) {
+    pub(crate) fn expect_closed(&mut self) {
         while self.frame().is_some() {}
     }
 }
 
 /// Lets a step pass, or holds it up until the test opens it.
 #[derive(Default)]
-pub struct Gate {
+pub(crate) struct Gate {
     state: Mutex<(bool, usize)>,
     changed: Condvar,
 }
 
 impl Gate {
-    pub fn shut(&self) {
+    pub(crate) fn shut(&self) {
         self.state.lock().unwrap().0 = true;
     }
 
-    pub fn open(&self) {
+    pub(crate) fn open(&self) {
         self.state.lock().unwrap().0 = false;
         self.changed.notify_all();
     }
@@ -272,7 +272,7 @@ impl Gate {
     }
 
     /// Waits until somebody has come to the gate for the `count`th time.
-    pub fn wait_for(&self, count: usize) {
+    pub(crate) fn wait_for(&self, count: usize) {
         let state = self.state.lock().unwrap();
         let (_state, waited) =
             self.changed.wait_timeout_while(state, PATIENCE, |state| state.1 < count).unwrap();
@@ -281,18 +281,18 @@ impl Gate {
 }
 
 /// A memory storage whose loads always have to wait for the disk, with gates.
-pub struct Gated {
-    pub inner: MemoryStorage,
+pub(crate) struct Gated {
+    pub(crate) inner: MemoryStorage,
     /// Passed by a load after it has read.
-    pub loads: Gate,
-    pub votes: Gate,
-    pub finishes: Gate,
-    pub fails: Mutex<Option<StorageError>>,
-    pub quick_loads: bool,
+    pub(crate) loads: Gate,
+    pub(crate) votes: Gate,
+    pub(crate) finishes: Gate,
+    pub(crate) fails: Mutex<Option<StorageError>>,
+    pub(crate) quick_loads: bool,
 }
 
 impl Gated {
-    pub fn new(quick_loads: bool) -> Arc<Self> {
+    pub(crate) fn new(quick_loads: bool) -> Arc<Self> {
         Arc::new(Self {
             inner: MemoryStorage::new("gated"),
             loads: Gate::default(),
