@@ -1,4 +1,5 @@
 //! Pack: ZODB's bytes where ZODB is right, right results where it is not, and nothing lost whatever happens meanwhile.
+#![allow(clippy::unwrap_used)]
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -10,6 +11,7 @@ use bytes::Bytes;
 use proptest::prelude::*;
 use serde_json::Value;
 use zeo_rs::ids::{Oid, Tid};
+use zeo_rs::storage::file::check::{CheckOptions, check_path};
 use zeo_rs::storage::file::{FileStorage, FileStorageOptions};
 use zeo_rs::storage::transform::RecordReferences;
 use zeo_rs::storage::{
@@ -151,6 +153,20 @@ fn all_current(f: &Fixture, limit: u64) -> BTreeMap<u64, Option<Bytes>> {
     (0..limit).map(|oid| (oid, f.current(oid))).collect()
 }
 
+/// Every structure of the file is in order; with `references`, also every reference.
+fn assert_sound(f: &Fixture, references: bool) {
+    let mut faults = Vec::new();
+    let options = CheckOptions {
+        references: references.then_some(&RecordReferences),
+        blobs: f.storage.blob_dir().map(|dir| &**dir),
+        fault: &mut |fault| faults.push(fault.to_string()),
+        progress: &mut |_| true,
+    };
+    check_path(&f.path(""), options).unwrap();
+    faults.retain(|fault| fault.starts_with("error"));
+    assert!(faults.is_empty(), "{faults:#?}");
+}
+
 #[test]
 fn bytes_are_zodbs() {
     let manifest = manifest();
@@ -188,6 +204,7 @@ fn bytes_are_zodbs() {
         let kept = |(oid, data): (&u64, &Option<Bytes>)| after[oid].is_some() && after[oid] != *data;
         assert!(!before.iter().any(kept), "t={time} gc={gc}: data of an object changed");
         assert!(!f.path(".pack").exists());
+        assert_sound(&f, true);
         for with_index in [true, false] {
             let f = Fixture::of_file(&f.path(""));
             let f = f.reopened(with_index);
@@ -213,6 +230,7 @@ fn where_zodb_is_wrong() {
             assert_ne!(f.bytes(), bytes, "{name}: nothing was packed");
         }
         assert_eq!(all_current(&f, 6), before, "{name}");
+        assert_sound(&f, false);
         let f = f.reopened(false);
         assert_eq!(all_current(&f, 6), before, "{name} after opening again");
     }
@@ -307,6 +325,116 @@ fn refusals() {
     assert!(matches!(f.pack(after(1), true), Err(StorageError::ReadOnly)));
 }
 
+#[test]
+fn a_full_disk_leaves_everything_as_it_was() {
+    let f = eventful();
+    let (bytes, before) = (f.bytes(), all_current(&f, 10));
+    std::os::unix::fs::symlink("/dev/full", f.path(".pack")).unwrap();
+    let full = f.pack(after(3), true);
+    assert!(
+        matches!(&full, Err(StorageError::Io { source, .. }) if source.raw_os_error() == Some(28)),
+        "{full:?}"
+    );
+    assert_eq!(f.bytes(), bytes);
+    assert_eq!(all_current(&f, 10), before);
+    assert!(fs::symlink_metadata(f.path(".pack")).is_err() && !f.path(".old").exists());
+    f.commit(5, vec![f.store(0, 9, &[1])]).unwrap();
+    f.pack(after(3), true).unwrap();
+    assert_eq!(f.reopened(true).current(3), None);
+}
+
+#[test]
+fn without_links_the_previous_file_cannot_be_kept() {
+    // A directory in the place of NAME.old is as unremovable as no support for links.
+    let f = eventful();
+    fs::create_dir_all(f.path(".old").join("x")).unwrap();
+    let (bytes, result) = (f.bytes(), f.pack(after(3), true));
+    assert!(matches!(result, Err(StorageError::Io { .. })), "{result:?}");
+    assert_eq!(f.bytes(), bytes);
+    let f = f.reopened(true);
+    assert_eq!(f.bytes(), bytes, "the index was removed for the switch, and saved again");
+}
+
+/// Files below a directory, relative, with their content; no temporary directory.
+fn tree(dir: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
+    let mut found = BTreeMap::new();
+    let mut to_do = vec![dir.to_owned()];
+    while let Some(at) = to_do.pop() {
+        for entry in fs::read_dir(&at).unwrap() {
+            let path = entry.unwrap().path();
+            if !path.is_dir() {
+                found.insert(path.strip_prefix(dir).unwrap().to_owned(), fs::read(&path).unwrap());
+            } else if !path.ends_with("tmp") {
+                to_do.push(path);
+            }
+        }
+    }
+    found
+}
+
+/// The storage with blobs of which `blobs_packed` is the packed state.
+fn with_blobs(pack_keep_old: bool) -> Fixture {
+    let dir = tempfile::tempdir().unwrap();
+    let source = fixtures().join("blobs");
+    let blobs = dir.path().join("blobs");
+    fs::copy(source.join("Data.fs"), dir.path().join("Data.fs")).unwrap();
+    for (name, content) in tree(&source.join("blobs")) {
+        fs::create_dir_all(blobs.join(&name).parent().unwrap()).unwrap();
+        fs::write(blobs.join(&name), content).unwrap();
+    }
+    Fixture::open(
+        dir,
+        FileStorageOptions { pack_keep_old, blob_dir: Some(blobs), ..FileStorageOptions::default() },
+    )
+}
+
+#[test]
+fn blob_files_go_with_their_revisions() {
+    let expected = fixtures().join("blobs_packed");
+    for keep_old in [true, false] {
+        let f = with_blobs(keep_old);
+        let [blobs, old] = ["blobs", "blobs.old"].map(|name| f.dir.path().join(name));
+        let all = tree(&blobs);
+        f.pack(after(0) * 2.0, true).unwrap();
+        assert_eq!(f.bytes(), fs::read(expected.join("Data.fs")).unwrap());
+        assert_eq!(tree(&blobs), tree(&expected.join("blobs")));
+        assert_eq!(old.exists().then(|| tree(&old)), keep_old.then_some(all));
+        if keep_old {
+            assert_eq!(tree(&old), tree(&expected.join("blobs.old")));
+        }
+        assert_sound(&f, true);
+    }
+}
+
+#[test]
+fn a_killed_pack_leaves_no_blob_files_for_ever_and_takes_none_that_is_needed() {
+    let f = with_blobs(true);
+    let blobs = f.dir.path().join("blobs");
+    let all = tree(&blobs);
+    let name = all.keys().find(|name| name.extension().is_some()).unwrap();
+    let tid = u64::from_str_radix(&name.file_stem().unwrap().to_str().unwrap()[2..], 16).unwrap();
+    let oid = name
+        .iter()
+        .take(8)
+        .fold(0, |oid, byte| oid << 8 | u64::from_str_radix(&byte.to_str().unwrap()[2..], 16).unwrap());
+    let list = format!("{oid:016x}{tid:016x}\n");
+    // Killed before the switch: the list is of no consequence. (Packed to a time when there was nothing.)
+    fs::write(blobs.join(".removed.new"), &list).unwrap();
+    f.pack(1000.0, true).unwrap();
+    assert!(tree(&blobs).contains_key(name));
+    // Killed after it, before the files were removed.
+    fs::write(blobs.join(".removed.todo"), &list).unwrap();
+    f.pack(1000.0, true).unwrap();
+    assert!(!tree(&blobs).contains_key(name));
+    let old = f.dir.path().join("blobs.old");
+    assert_eq!(tree(&old).get(name), all.get(name));
+    // Killed while they were removed: what has been moved away stays there.
+    fs::write(blobs.join(".removed.doing"), &list).unwrap();
+    f.pack(1000.0, true).unwrap();
+    assert_eq!(tree(&old).get(name), all.get(name));
+    assert!(!tree(&blobs).keys().any(|name| name.to_string_lossy().starts_with(".removed.d")));
+}
+
 const PHASES: [&str; 5] = ["index", "mark", "copy", "catch up", "switch"];
 
 /// Root → 1 → 2; 2 was unlinked and 3 is garbage; enough of it for every phase to come.
@@ -392,6 +520,7 @@ fn an_undo_meanwhile_to_a_dropped_revision_brings_back_what_it_reaches() {
             assert_eq!(f.current(2), Some(record(0, &[4])), "{phase} gc={gc}");
             assert_eq!(f.current(4), Some(record(0, &[])), "{phase} gc={gc}");
             assert_eq!(f.current(3).is_none(), gc, "{phase}");
+            assert_sound(&f, true);
         }
     }
 }
@@ -454,6 +583,7 @@ fn readers_and_writers_go_on_during_a_pack() {
             f.commit(committed, vec![f.store(committed % OBJECTS, committed as u32, &[])]).unwrap();
         }
     });
+    assert_sound(&f, true);
     let newest = |oid: u64| (20..=committed).rev().find(|number| number % OBJECTS == oid).unwrap_or(19);
     for with_index in [true, false] {
         let f = Fixture::of_file(&f.path("")).reopened(with_index);
@@ -560,6 +690,7 @@ proptest! {
             }
             result => result.unwrap(),
         }
+        assert_sound(&f, false);
         let after_pack = states(&f, at, last);
         for (old, new) in before.iter().zip(&after_pack) {
             // In between, an object that was deleted before the pack time and brought back later may seem never to have

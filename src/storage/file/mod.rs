@@ -8,13 +8,17 @@
 //! | `open`, `scan`, `index_file`, `lock`, `oids` | opening, recovery, the files beside Data.fs |
 //! | `pending`, `undo`, `space`, `commit` | two-phase commit |
 //! | `pack` | dropping what is no longer needed |
+//! | `check`, `dump` | verifying a file, listing its content |
+//! | `walk`, `window`, `record_set`, `pace` | tools of pack and check |
 //!
 //! # Locks
 //! Readers take none (an atomic pointer to the [`Snapshot`]). `writer` is held by a finish and by pack's switch; beginning
 //! and voting do not wait for it.
 //! The others are held for moments (`saved_index` while an index is saved).
 
+pub mod check;
 mod commit;
+pub mod dump;
 pub mod file;
 pub mod format;
 pub mod index;
@@ -23,8 +27,10 @@ mod iterate;
 mod lock;
 mod oids;
 mod open;
+mod pace;
 mod pack;
 mod pending;
+mod record_set;
 mod samples;
 mod scan;
 mod snapshot;
@@ -32,6 +38,8 @@ mod space;
 mod storage;
 mod transactions;
 mod undo;
+mod walk;
+mod window;
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};

@@ -12,12 +12,12 @@ use rustc_hash::FxHashSet;
 use super::super::file::StorageFile;
 use super::super::format::{DATA_HEADER_LEN, DataHeader, FIRST_TXN, MAGIC, TxnHeader, status};
 use super::super::index::Index;
+use super::super::pace::Pace;
 use super::super::samples::Samples;
+use super::super::walk::{RecordAt, TxnAt, Walk};
+use super::super::window::Window;
 use super::mark::Marked;
 use super::output::Output;
-use super::pace::Pace;
-use super::walk::{RecordAt, TxnAt, Walk};
-use super::window::Window;
 use crate::ids::{Oid, Tid};
 use crate::storage::{References, Result};
 

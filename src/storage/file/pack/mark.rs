@@ -15,10 +15,10 @@ use rustc_hash::FxHashSet;
 use super::super::file::StorageFile;
 use super::super::format::{DATA_HEADER_LEN, FIRST_TXN, status};
 use super::super::index::Index;
-use super::kept::Kept;
-use super::pace::Pace;
-use super::walk::Walk;
-use super::window::Window;
+use super::super::pace::Pace;
+use super::super::record_set::RecordSet;
+use super::super::walk::Walk;
+use super::super::window::Window;
 use crate::ids::{Oid, Tid};
 use crate::storage::{References, Result, StorageError};
 
@@ -47,8 +47,8 @@ pub(super) struct AtPackTime {
 
 /// What survives.
 pub(super) struct Marked {
-    pub kept: Kept,
-    /// Kept records that back-pointers after the pack time lead to, ascending.
+    pub kept: RecordSet,
+    /// RecordSet records that back-pointers after the pack time lead to, ascending.
     pub targets: Vec<u64>,
 }
 
@@ -106,7 +106,7 @@ pub(super) fn keep_all(
     at: &AtPackTime,
     pace: &mut Pace<'_>,
 ) -> Result<Marked> {
-    let kept = Kept::below(at.pack_pos);
+    let kept = RecordSet::below(at.pack_pos);
     at.current.for_each_from(Oid(0), &mut |_, pos| {
         kept.insert(pos);
         true
@@ -141,7 +141,7 @@ pub(super) fn keep_reachable(
     references: &dyn References,
     pace: &mut Pace<'_>,
 ) -> Result<Marked> {
-    let marker = Marker { file, name, at, references, kept: Kept::below(at.pack_pos) };
+    let marker = Marker { file, name, at, references, kept: RecordSet::below(at.pack_pos) };
     pace.enter("mark", 0, at.current.len())?;
     match at.current.get(Oid::ROOT) {
         Some(root) => {
@@ -162,7 +162,7 @@ struct Marker<'a> {
     name: &'a str,
     at: &'a AtPackTime,
     references: &'a dyn References,
-    kept: Kept,
+    kept: RecordSet,
 }
 
 impl Marker<'_> {

@@ -4,7 +4,7 @@
 //! | phase | file | what |
 //! | --- | --- | --- |
 //! | index | `mark` | reads the file up to the pack time: which record of each object is current then |
-//! | mark | `mark`, `kept` | which of them survive |
+//! | mark | `mark` | which of them survive |
 //! | copy | `copy`, `output` | writes NAME.pack: what survives of the time before, then everything after, again and again until little is left |
 //! | switch | `switch` | with the whole storage held: the rest, sync, rename, new index |
 //! | blobs | `blobs` | removes the files of dropped revisions |
@@ -14,13 +14,9 @@
 
 mod blobs;
 mod copy;
-mod kept;
 mod mark;
 mod output;
-mod pace;
 mod switch;
-mod walk;
-mod window;
 
 use std::fs::OpenOptions;
 use std::sync::{Arc, TryLockError};
@@ -29,9 +25,10 @@ use self::blobs::{Removals, remove_listed};
 use self::copy::{Copier, Missing};
 use self::mark::AtPackTime;
 use self::output::Output;
-use self::pace::Pace;
+
 use self::switch::Files;
 use super::file::{OsFile, StorageFile};
+use super::pace::Pace;
 use super::snapshot::Snapshot;
 use super::{FileStorage, Packed, lock};
 use crate::ids::{Oid, Tid};

@@ -80,3 +80,69 @@ fn remove(path: &Path) -> Result<()> {
 fn failed(verb: &str, path: &Path, source: io::Error) -> StorageError {
     StorageError::io(format!("cannot {verb} {}", path.display()), source)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ids::{Oid, Tid};
+    use crate::storage::Storage;
+    use crate::storage::file::{FileStorage, FileStorageOptions};
+
+    fn fixture(name: &str) -> PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/filestorage").join(name)
+    }
+
+    fn copy_files(from: &Path, to: &Path) {
+        for entry in fs::read_dir(from).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_file() {
+                fs::copy(&path, to.join(path.file_name().unwrap())).unwrap();
+            }
+        }
+    }
+
+    /// What loads answer, and the last tid.
+    fn answers(data: &Path) -> (Vec<Option<Tid>>, Tid, u64) {
+        let storage = FileStorage::open(data, FileStorageOptions::default()).unwrap();
+        let load = |oid| storage.load_before(Oid(oid), Tid::MAX).ok().flatten().map(|loaded| loaded.tid);
+        ((0..8).map(load).collect(), storage.last_tid(), storage.size())
+    }
+
+    /// The directory as a crash after each step would leave it, opened: one whole file or the other.
+    #[test]
+    fn every_crash_image_opens_as_one_file_or_the_other() {
+        for keep_old in [true, false] {
+            let root = tempfile::tempdir().unwrap();
+            let live = root.path().join("live");
+            fs::create_dir(&live).unwrap();
+            let files = Files::of(&live.join("Data.fs"));
+            fs::copy(fixture("pack_source/Data.fs"), &files.data).unwrap();
+            let old = answers(&files.data);
+            assert!(files.index.exists());
+            fs::copy(fixture("pack_out/pack_out_gc_09.fs"), &files.packed).unwrap();
+            fs::copy(fixture("simple/Data.fs"), &files.old).unwrap();
+            let mut images = vec![root.path().join("0 synced")];
+            fs::create_dir(&images[0]).unwrap();
+            copy_files(&live, &images[0]);
+            files
+                .put_in_place(keep_old, &mut |step| {
+                    let image = root.path().join(format!("{} {step}", images.len()));
+                    fs::create_dir(&image).unwrap();
+                    copy_files(&live, &image);
+                    images.push(image);
+                })
+                .unwrap();
+            files.sync().unwrap();
+            let new = answers(&files.data);
+            assert_ne!(old.2, new.2);
+            assert_eq!(images.len(), if keep_old { 5 } else { 3 });
+            for image in &images {
+                let data = image.join("Data.fs");
+                let renamed = image.ends_with(images.last().unwrap());
+                assert_eq!(answers(&data), if renamed { new.clone() } else { old.clone() }, "{image:?}");
+                // And again, with the index that the first opening has saved.
+                assert_eq!(answers(&data), if renamed { new.clone() } else { old.clone() }, "{image:?}");
+            }
+        }
+    }
+}

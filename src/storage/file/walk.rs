@@ -5,8 +5,8 @@
 
 use std::io;
 
-use super::super::file::{Reader, StorageFile};
-use super::super::format::{DATA_HEADER_LEN, DataHeader, TXN_HEADER_LEN, TxnHeader, be64, status};
+use super::file::{Reader, StorageFile};
+use super::format::{DATA_HEADER_LEN, DataHeader, TXN_HEADER_LEN, TxnHeader, be64, status};
 use crate::ids::Tid;
 use crate::storage::{Result, StorageError};
 

@@ -1,4 +1,4 @@
-//! [`Pace`]: progress reports, cancellation and throttling of a pack.
+//! [`Pace`]: progress reports, cancellation and throttling of a pack or a check.
 
 use std::time::{Duration, Instant};
 

@@ -1,7 +1,7 @@
 //! [`Window`]: records at positions that mostly ascend, wherever their back-pointers lead.
 
-use super::super::file::StorageFile;
-use super::super::format::{DATA_HEADER_LEN, DataHeader, be64};
+use super::file::StorageFile;
+use super::format::{DATA_HEADER_LEN, DataHeader, be64};
 use crate::ids::Oid;
 use crate::storage::{Result, StorageError};
 

@@ -1,20 +1,20 @@
-//! [`Kept`]: the set of records that survive, one bit for every 43 bytes of file.
+//! [`RecordSet`]: a set of records of a file, one bit for every 43 bytes of file.
 //!
 //! No record is shorter than its header and one byte of payload, so two records never share a bit: the set is exact.
-//! Keyed by position, it needs no look-up of the object when the file is copied, and several revisions of an object
+//! Keyed by position, it needs no look-up of the object, and several revisions of one
 //! are no special case. Costs 1/344 of the file's size, 3 MB a gigabyte.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::super::format::DATA_HEADER_LEN;
+use super::format::DATA_HEADER_LEN;
 
 const SHORTEST_RECORD: u64 = DATA_HEADER_LEN as u64 + 1;
 
-pub(super) struct Kept {
+pub(super) struct RecordSet {
     words: Box<[AtomicU64]>,
 }
 
-impl Kept {
+impl RecordSet {
     /// The empty set of records that start below `end`.
     pub(super) fn below(end: u64) -> Self {
         let words = end / SHORTEST_RECORD / 64 + 1;
@@ -48,9 +48,9 @@ mod tests {
 
     #[test]
     fn neighbours_do_not_share_a_bit() {
-        let kept = Kept::below(43 * 200);
+        let kept = RecordSet::below(43 * 200);
         for start in 0..43 {
-            let kept = Kept::below(43 * 200);
+            let kept = RecordSet::below(43 * 200);
             let records: Vec<u64> = (0..190).map(|i| start + 43 * i).collect();
             assert!(records.iter().step_by(2).all(|&pos| kept.insert(pos)));
             assert!(records.iter().step_by(2).all(|&pos| !kept.insert(pos) && kept.contains(pos)));
