@@ -172,8 +172,12 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Connection<S> {
         let mut stop_at = None;
         loop {
             self.session.listen();
-            self.serve_received();
+            let served_all = self.serve_received();
             self.session.listen();
+            if !served_all && self.session.may_serve() {
+                // What held up the rest was done in the meantime; no byte may come that would wake this task.
+                continue;
+            }
             if let Some(reason) = self.session.closing() {
                 let reason = reason.to_owned();
                 // What was answered before should still arrive, if the peer reads.
@@ -210,11 +214,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Connection<S> {
         }
     }
 
-    /// Serves what has been received whole, as far as the session allows.
-    fn serve_received(&mut self) {
+    /// Serves what has been received whole, as far as the session allows; true if nothing of it is left.
+    fn serve_received(&mut self) -> bool {
         while self.session.may_serve() {
             let request = match self.frames.next_frame(&mut self.received) {
-                Ok(None) => return,
+                Ok(None) => return true,
                 Ok(Some(frame)) => decode_request(self.session.encoding, &frame),
                 Err(error) => Err(error),
             };
@@ -223,6 +227,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Connection<S> {
                 Err(error) => self.session.close(error.to_string()),
             }
         }
+        false
     }
 }
 
