@@ -23,7 +23,7 @@ const COLLECTED: &str = ".removed.new";
 const TO_DO: &str = ".removed.todo";
 const DOING: &str = ".removed.doing";
 
-/// Names of files to be removed.
+/// Names of files to be removed. Unless it is confirmed, dropping it forgets them.
 pub(super) struct Removals<'a> {
     dir: &'a BlobDir,
     list: BufWriter<File>,
@@ -53,8 +53,11 @@ impl<'a> Removals<'a> {
         let path = self.dir.base().join(TO_DO);
         fs::rename(self.dir.base().join(COLLECTED), &path).map_err(|e| failed("write", &path, e))
     }
+}
 
-    pub(super) fn discard(&self) {
+impl Drop for Removals<'_> {
+    fn drop(&mut self) {
+        // Under another name once it is confirmed.
         let _ = fs::remove_file(self.dir.base().join(COLLECTED));
     }
 }

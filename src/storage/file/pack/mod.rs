@@ -25,7 +25,6 @@ use self::blobs::{Removals, remove_listed};
 use self::copy::{Copier, Missing};
 use self::mark::AtPackTime;
 use self::output::Output;
-
 use self::switch::Files;
 use super::file::{OsFile, StorageFile};
 use super::pace::Pace;
@@ -91,10 +90,13 @@ impl FileStorage {
             if attempt > GC_ATTEMPTS {
                 job.references = None;
             }
-            let outcome = self.attempt(&job, &mut pace).inspect_err(|_| {
+            let outcome = self.attempt(&job, &mut pace).inspect_err(|e| {
                 job.files.discard_packed();
                 // The switch may have removed it.
                 *lock(&self.saved_index) = None;
+                if matches!(e, StorageError::Dangling { .. }) {
+                    tracing::error!("{name}: {e}");
+                }
             });
             match outcome? {
                 Outcome::Nothing => return Ok(()),
@@ -151,11 +153,7 @@ impl FileStorage {
         }
         let missing =
             job.references.map(|references| Missing { references, live: &snapshot.index, marked_end });
-        let done = self.catch_up_and_switch(job, copier, pack_pos, missing.as_ref(), removals.as_ref(), pace);
-        if let (Some(removals), Ok(Outcome::Missed(_)) | Err(_)) = (&removals, &done) {
-            removals.discard();
-        }
-        done
+        self.catch_up_and_switch(job, copier, pack_pos, missing.as_ref(), removals.as_ref(), pace)
     }
 
     fn catch_up_and_switch(

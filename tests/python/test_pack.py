@@ -1,0 +1,195 @@
+"""Packed files in ZODB's hands: ZODB opens them, its tools find them sound, and a killed pack costs nothing."""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import transaction
+import ZODB
+from BTrees.OOBTree import OOBTree
+from persistent.mapping import PersistentMapping
+from ZODB.blob import Blob
+from ZODB.FileStorage import FileStorage as ZodbFileStorage
+from ZODB.scripts import fsrefs, fstest
+from ZODB.serialize import referencesf
+
+from zeo_rs import FileStorage
+
+PHASES = ["index", "mark", "copy", "catch up", "switch"]
+
+
+def fill(storage, seed, undo=False, pause=lambda number: None):
+    """Commits random changes of a small application; answers the time after the half of them."""
+    rnd = random.Random(seed)
+    database = ZODB.DB(storage)
+    with database.transaction() as connection:
+        connection.root()["tree"] = OOBTree()
+    half = None
+    for number in range(40):
+        with database.transaction() as connection:
+            tree = connection.root()["tree"]
+            for key in rnd.sample(range(60), 5):
+                if key in tree and rnd.random() < 0.4:
+                    del tree[key]
+                else:
+                    tree[key] = PersistentMapping(number=number, child=PersistentMapping(text="x" * rnd.randrange(300)))
+        if undo and number % 7 == 6:
+            entry = rnd.choice(database.undoLog(0, 3))
+            try:
+                database.undo(entry["id"])
+                transaction.commit()
+            except ZODB.POSException.POSError:
+                transaction.abort()
+        if number == 20:
+            half = ZODB.TimeStamp.TimeStamp(storage.lastTransaction()).timeTime()
+        pause(number)
+    database.close()
+    return half
+
+
+def content(storage):
+    """What the application sees, from the root on."""
+    database = ZODB.DB(storage)
+    with database.transaction() as connection:
+        tree = connection.root()["tree"]
+        seen = {key: (value["number"], value["child"]["text"]) for key, value in tree.items()}
+        blobs = [value.open().read() for _, value in sorted(connection.root().items()) if isinstance(value, Blob)]
+    database.close()
+    return seen, blobs
+
+
+def assert_sound(path, caplog, capsys):
+    """ZODB opens the file without a word, and its tools have nothing to say."""
+    caplog.clear()
+    if os.path.exists(path + ".index"):
+        os.remove(path + ".index")
+    ZodbFileStorage(path).close()
+    assert [record for record in caplog.records if record.levelname in ("ERROR", "CRITICAL")] == []
+    fstest.check(path)
+    capsys.readouterr()
+    fsrefs.main(path)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("gc", [True, False])
+@pytest.mark.parametrize("seed", range(3))
+def test_packed_files_are_zodbs(tmp_path, seed, gc):
+    ours, theirs = str(tmp_path / "ours.fs"), str(tmp_path / "theirs.fs")
+    half = fill(FileStorage(ours), seed)
+    shutil.copy(ours, theirs)
+    for path, factory in (ours, FileStorage), (theirs, ZodbFileStorage):
+        storage = factory(path)
+        before = os.path.getsize(path)
+        storage.pack(half, referencesf, gc=gc)
+        assert os.path.getsize(path) < before
+        storage.close()
+    for suffix in "", ".index", ".old":
+        with open(ours + suffix, "rb") as a, open(theirs + suffix, "rb") as b:
+            assert a.read() == b.read(), suffix
+
+
+@pytest.mark.parametrize("gc", [True, False])
+@pytest.mark.parametrize("seed", range(3))
+def test_tools_find_packed_and_undone_files_sound(tmp_path, caplog, capsys, seed, gc):
+    path = str(tmp_path / "Data.fs")
+    half = fill(FileStorage(path), seed, undo=True)
+    storage = FileStorage(path)
+    expected = content(storage)
+    storage = FileStorage(path)
+    storage.pack(half, referencesf, gc=gc)
+    storage.close()
+    assert content(FileStorage(path)) == expected
+    assert content(ZodbFileStorage(path)) == expected
+    assert_sound(path, caplog, capsys)
+
+
+def test_commits_go_on_while_it_packs(tmp_path, caplog, capsys):
+    path = str(tmp_path / "Data.fs")
+    half = fill(FileStorage(path), 1)
+    storage = FileStorage(path)
+    database = ZODB.DB(storage)
+    phases = []
+
+    def progress(at):
+        if at["phase"] not in phases:
+            phases.append(at["phase"])
+            with database.transaction() as connection:
+                connection.root()["tree"][100 + len(phases)] = PersistentMapping(number=1, child=PersistentMapping(text=""))
+
+    storage.pack(half, referencesf, progress=progress)
+    assert phases == [phase for phase in PHASES if phase != "catch up"]
+    database.close()
+    seen, _ = content(ZodbFileStorage(path))
+    assert [key for key in seen if key > 100] == [101, 102, 103, 104]
+    assert_sound(path, caplog, capsys)
+
+
+KILLED = """
+import os, signal, sys
+from ZODB.serialize import referencesf
+from zeo_rs import FileStorage
+
+def progress(at):
+    if at["phase"] == sys.argv[3]:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+storage = FileStorage(sys.argv[1], blob_dir=sys.argv[2])
+storage.pack(10**10, referencesf, progress=progress)
+"""
+
+
+@pytest.mark.parametrize("phase", ["index", "mark", "copy", "switch"])
+def test_a_killed_pack_costs_nothing(tmp_path, caplog, capsys, phase):
+    path, blobs = str(tmp_path / "Data.fs"), str(tmp_path / "blobs")
+    fill(FileStorage(path, blob_dir=blobs), 2)
+    database = ZODB.DB(FileStorage(path, blob_dir=blobs))
+    for text in b"one", b"two":
+        with database.transaction() as connection:
+            connection.root()["blob"] = Blob(text)
+    database.close()
+    expected = content(FileStorage(path, blob_dir=blobs))
+    assert expected[1] == [b"two"]
+    with open(path, "rb") as file:
+        data = file.read()
+    killed = subprocess.run([sys.executable, "-c", KILLED, path, blobs, phase], timeout=60)
+    assert killed.returncode == -signal.SIGKILL
+    with open(path, "rb") as file:
+        assert file.read() == data
+    storage = FileStorage(path, blob_dir=blobs)
+    storage.pack(10**10, referencesf)
+    storage.close()
+    assert content(ZodbFileStorage(path, blob_dir=blobs)) == expected
+    assert_sound(path, caplog, capsys)
+
+
+def test_a_dangling_reference_is_a_key_error(tmp_path):
+    path = str(tmp_path / "Data.fs")
+    fill(FileStorage(path), 3)
+    storage = FileStorage(path)
+    database = ZODB.DB(storage)
+    with database.transaction() as connection:
+        oid = connection.root()["tree"]._p_oid
+    txn = ZODB.Connection.TransactionMetaData()
+    storage.tpc_begin(txn)
+    storage.deleteObject(oid, storage.getTid(oid), txn)
+    storage.tpc_vote(txn)
+    storage.tpc_finish(txn)
+    with pytest.raises(KeyError) as error:
+        storage.pack(10**10, referencesf)
+    assert error.value.args == (oid,)
+    storage.pack(10**10, referencesf, gc=False)
+    database.close()
+
+
+def test_it_can_be_cancelled(tmp_path):
+    path = str(tmp_path / "Data.fs")
+    half = fill(FileStorage(path), 4)
+    storage = FileStorage(path)
+    with pytest.raises(ZODB.POSException.POSError, match="cancelled"):
+        storage.pack(half, referencesf, progress=lambda at: at["phase"] != "copy")
+    storage.close()
+    assert not os.path.exists(path + ".pack")
