@@ -116,6 +116,7 @@ class ClientStorage(ConflictResolvingStorage, _zeo.ClientStorageBase):
         self._resolved_server_addr = None
         self.protocol_version = None
         self._iterators = weakref.WeakSet()
+        self._watchers = ()
         self._dropped_iterators = []
         self.server_sync = server_sync
         self.blob_dir = blob_dir
@@ -188,11 +189,15 @@ class ClientStorage(ConflictResolvingStorage, _zeo.ClientStorageBase):
         db = self._db
         if db is not None:
             db.invalidate(tid, oids)
+        for watcher in self._watchers:
+            watcher(tid, oids)
 
     def _invalidate_cache(self):
         db = self._db
         if db is not None:
             db.invalidateCache()
+        for watcher in self._watchers:
+            watcher(None, None)
 
     def _connected(self, host, port, protocol, read_only, generation):
         self._server_addr = host if port is None else (host, port)

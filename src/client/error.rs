@@ -5,7 +5,7 @@ use std::io;
 use std::sync::Arc;
 
 use crate::ids::Oid;
-use crate::wire::Fault;
+use crate::wire::{Fault, FaultKind};
 
 /// Cloned to every waiter that it concerns.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -53,6 +53,17 @@ pub enum ClientError {
 
 pub type Result<T, E = ClientError> = std::result::Result<T, E>;
 
+impl ClientError {
+    /// The server has no such object (or has deleted it).
+    pub fn is_missing_object(&self) -> bool {
+        match self {
+            Self::NotFound(_) => true,
+            Self::Fault(fault) => matches!(fault.kind(), FaultKind::NotFound { .. }),
+            _ => false,
+        }
+    }
+}
+
 /// An error of the layer above, carried through unseen.
 pub struct CallbackError(pub Box<dyn std::any::Any + Send + Sync>, pub String);
 
@@ -69,7 +80,7 @@ impl fmt::Display for CallbackError {
 }
 
 impl ClientError {
-    pub(super) fn disconnected(reason: impl Into<String>) -> Self {
+    pub fn disconnected(reason: impl Into<String>) -> Self {
         Self::Disconnected(reason.into())
     }
 

@@ -26,7 +26,7 @@ use crate::pickle::{self, Value};
 use crate::storage::Loaded;
 use crate::wire::{Call, Encoding, TxnKey};
 
-type Revision<'py> = (Bound<'py, PyBytes>, Bound<'py, PyBytes>, Option<Bound<'py, PyBytes>>);
+pub(crate) type Revision<'py> = (Bound<'py, PyBytes>, Bound<'py, PyBytes>, Option<Bound<'py, PyBytes>>);
 
 #[pyclass(subclass, frozen, weakref, module = "zeo_rs._zeo")]
 pub(crate) struct ClientStorageBase {
@@ -510,7 +510,7 @@ impl ClientStorageBase {
 }
 
 impl ClientStorageBase {
-    fn client(&self) -> PyResult<&Arc<Client>> {
+    pub(crate) fn client(&self) -> PyResult<&Arc<Client>> {
         self.client.get().ok_or_else(|| PyRuntimeError::new_err("ClientStorage.__init__ has not been called"))
     }
 
@@ -613,7 +613,7 @@ impl DatabaseCallbacks for Callbacks {
     }
 }
 
-fn revision<'py>(py: Python<'py>, loaded: &Loaded) -> Revision<'py> {
+pub(crate) fn revision<'py>(py: Python<'py>, loaded: &Loaded) -> Revision<'py> {
     (
         PyBytes::new(py, &loaded.data),
         tid_bytes(py, loaded.tid),

@@ -1,6 +1,7 @@
 //! The extension module `zeo_rs._zeo`. pyo3 only here: converts, releases the GIL, maps errors. No logic.
 //! One file per class, each with a `register(m)`.
 
+mod aio;
 mod client_errors;
 mod client_storage;
 mod convert;
@@ -20,6 +21,7 @@ use pyo3::prelude::*;
 fn _zeo(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add("__version__", env!("CARGO_PKG_VERSION"))?;
     logging::register(m)?;
+    aio::register(m)?;
     client_storage::register(m)?;
     file_storage::register(m)?;
     pack::register(m)?;

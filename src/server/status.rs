@@ -6,6 +6,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::hub::Hub;
 use crate::pickle::Value;
+use crate::storage::PackProgress;
 
 /// The keys that monitoring of ZEO reads, in its order; then ours.
 pub(crate) fn value(hub: &Arc<Hub>) -> Value {
@@ -36,7 +37,18 @@ pub(crate) fn value(hub: &Arc<Hub>) -> Value {
         ("timeout-thread-is-alive", if has_timeout { true.into() } else { "stub".into() }),
         ("last-transaction", format!("{:016x}", hub.registry().last_tid().0).into()),
         ("commit_groups", number(&stats.groups)),
+        ("pack", hub.pack.progress().map_or(Value::None, pack)),
         ("locks", Value::List(holders.collect())),
+    ])
+}
+
+fn pack(progress: PackProgress) -> Value {
+    Value::dict([
+        ("phase", progress.phase.into()),
+        ("bytes_done", progress.bytes_done.into()),
+        ("bytes_total", progress.bytes_total.into()),
+        ("objects_done", progress.objects_done.into()),
+        ("objects_total", progress.objects_total.into()),
     ])
 }
 

@@ -27,11 +27,6 @@ pub(super) fn status(shared: &Arc<Shared>) -> Value {
                 fields.insert("clients".into(), hub.clients().into_iter().map(client).collect());
                 fields.insert("load_seconds".into(), latency(&hub.stats.load_seconds));
                 fields.insert("finish_seconds".into(), latency(&hub.stats.finish_seconds));
-                let pack = hub.pack.progress().map(|p| {
-                    json!({"phase": p.phase, "bytes_done": p.bytes_done, "bytes_total": p.bytes_total,
-                           "objects_done": p.objects_done, "objects_total": p.objects_total})
-                });
-                fields.insert("pack".into(), pack.into());
                 fields.insert("write_failure".into(), hub.storage.write_failure().into());
             }
             (hub.id.clone(), storage)
