@@ -126,11 +126,13 @@ fn finish(hub: &Arc<Hub>, mut group: Vec<FinishJob>) {
         let info = hub.info();
         let tid = committed.tid;
         let reply = Box::new(move |session: &mut Session| reply(session, Ok(tid)));
-        let own = Box::new(move |publication| mailbox.post(Event::Committed { publication, info, reply }));
-        hub.publish(tid, Arc::clone(&committed.oids), Some((listener, own)));
+        let own = |publication| mailbox.post(Event::Committed { publication, info, reply });
+        hub.publish(tid, Arc::clone(&committed.oids), listener, own);
         finished.push(held);
     };
+    hub.finishing();
     let outcome = catch_unwind(AssertUnwindSafe(|| hub.storage.finish(voted, &mut publish)));
+    hub.finished();
     let error = match outcome {
         Ok(Ok(())) => StorageError::Transaction("the storage did not commit the transaction".into()),
         Ok(Err(error)) => error,

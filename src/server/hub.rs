@@ -50,6 +50,8 @@ pub(crate) struct Registry {
     /// `(tid, oids)`, newest first. The oids of the oldest are never needed.
     queue: VecDeque<(Tid, Arc<[Oid]>)>,
     queue_size: usize,
+    /// Commits below the storage that wait for the end of one above.
+    held_back: Option<Vec<(Tid, Arc<[Oid]>)>>,
 }
 
 impl Registry {
@@ -57,17 +59,47 @@ impl Registry {
         self.last_tid
     }
 
-    fn append(&mut self, publication: &Publication) {
+    pub(crate) fn queue_len(&self) -> usize {
+        self.queue.len()
+    }
+
+    fn start_at(&mut self, last_tid: Tid) {
+        self.last_tid = last_tid;
+        self.queue.clear();
+        self.queue.push_back((last_tid, Arc::new([])));
+    }
+
+    fn announce(&mut self, publication: &Arc<Publication>, except: Option<u64>) {
         // Only a copy of another database, which brings its own tids, can go back.
         self.last_tid = self.last_tid.max(publication.tid);
-        while self.queue.len() >= self.queue_size.max(1) {
+        while self.queue.len() >= self.queue_size {
             self.queue.pop_back();
         }
         self.queue.push_front((publication.tid, Arc::clone(&publication.oids)));
+        for (id, mailbox) in &self.listeners {
+            if Some(*id) != except {
+                mailbox.post(Event::Published(Arc::clone(publication)));
+            }
+        }
     }
 
-    pub(crate) fn queue_len(&self) -> usize {
-        self.queue.len()
+    /// A commit below, unless it is known already (some storages report their own commits too).
+    fn announce_below(&mut self, tid: Tid, oids: Arc<[Oid]>) {
+        if !self.queue.iter().any(|(known, _)| *known == tid) {
+            self.announce(&Arc::new(Publication::new(tid, oids)), None);
+        }
+    }
+
+    /// Announces what was held back: what comes before `before`, or all, and then nothing is held back any more.
+    fn let_through(&mut self, before: Option<Tid>) {
+        let Some(mut held_back) = self.held_back.take() else { return };
+        let count =
+            before.map_or(held_back.len(), |before| held_back.partition_point(|(tid, _)| *tid < before));
+        let rest = held_back.split_off(count);
+        for (tid, oids) in held_back {
+            self.announce_below(tid, oids);
+        }
+        self.held_back = before.map(|_| rest);
     }
 
     /// Oids changed after `since` and up to `view`, if the queue reaches back that far.
@@ -111,19 +143,13 @@ pub(crate) struct Hub {
 impl Hub {
     /// Reads the last transactions of `storage` into the invalidation queue and starts its committer thread.
     pub(crate) fn start(id: String, storage: Arc<dyn Storage>, options: HubOptions) -> Result<Arc<Self>> {
-        let last_tid = storage.last_tid();
-        let queue_size = options.invalidation_queue_size;
-        let mut queue: VecDeque<(Tid, Arc<[Oid]>)> = storage
-            .last_invalidations(queue_size)?
-            .into_iter()
-            .rev()
-            .filter(|(tid, _)| *tid <= last_tid)
-            .map(|(tid, oids)| (tid, oids.into()))
-            .collect();
-        if queue.is_empty() {
-            queue.push_back((last_tid, Arc::new([])));
-        }
-        let registry = Registry { listeners: FxHashMap::default(), last_tid, queue, queue_size };
+        let registry = Registry {
+            listeners: FxHashMap::default(),
+            last_tid: Tid::ZERO,
+            queue: VecDeque::new(),
+            queue_size: options.invalidation_queue_size.max(1),
+            held_back: Some(Vec::new()),
+        };
         let (committer, work) = Committer::new();
         let hub = Arc::new(Self {
             capabilities: storage.capabilities(),
@@ -140,7 +166,22 @@ impl Hub {
             next_listener: AtomicUsize::new(0),
         });
         work.start(Arc::clone(&hub))?;
+        // What is committed below from now on is held back until the tid is known that it comes after.
         hub.storage.subscribe(Arc::new(Below(Arc::downgrade(&hub))));
+        let last_tid = hub.storage.last_tid();
+        let recent = hub.storage.last_invalidations(hub.options.invalidation_queue_size)?;
+        let mut registry = hub.registry();
+        registry.start_at(last_tid);
+        let recent = recent.into_iter().rev().filter(|(tid, _)| *tid <= last_tid);
+        let recent: VecDeque<(Tid, Arc<[Oid]>)> = recent.map(|(tid, oids)| (tid, oids.into())).collect();
+        if !recent.is_empty() {
+            registry.queue = recent;
+        }
+        if let Some(held_back) = &mut registry.held_back {
+            held_back.retain(|(tid, _)| *tid > last_tid);
+        }
+        registry.let_through(None);
+        drop(registry);
         Ok(hub)
     }
 
@@ -172,27 +213,32 @@ impl Hub {
         self.registry().listeners.len()
     }
 
-    /// Announces a committed transaction to everybody; the committing connection gets `own` in its place.
+    /// A group is being finished: until [`Self::finished`], commits below the storage are held back, because the tids of
+    /// the group may be smaller than theirs.
+    pub(crate) fn finishing(&self) {
+        self.registry().held_back.get_or_insert_default();
+    }
+
+    pub(crate) fn finished(&self) {
+        self.registry().let_through(None);
+    }
+
+    /// Announces a committed transaction to everybody but its own connection, `committer`, for which `post` does it.
+    ///
+    /// That comes last, so that whoever hears of the commit from its committer finds it in every mailbox; and in the same
+    /// critical section, so that the next transaction comes after it.
     pub(crate) fn publish(
         &self,
         tid: Tid,
         oids: Arc<[Oid]>,
-        own: Option<(u64, Box<dyn FnOnce(Arc<Publication>) + Send>)>,
+        committer: u64,
+        post: impl FnOnce(Arc<Publication>),
     ) {
-        let publication = Arc::new(Publication::new(tid, oids));
         let mut registry = self.registry();
-        registry.append(&publication);
-        let committer = own.as_ref().map(|(id, _)| *id);
-        for (id, mailbox) in &registry.listeners {
-            if Some(*id) != committer {
-                mailbox.post(Event::Published(Arc::clone(&publication)));
-            }
-        }
-        // Last, so that whoever hears of the commit from its committer finds it in every mailbox; and still inside,
-        // so that the next transaction comes after it.
-        if let Some((_, post)) = own {
-            post(publication);
-        }
+        registry.let_through(Some(tid));
+        let publication = Arc::new(Publication::new(tid, oids));
+        registry.announce(&publication, Some(committer));
+        post(publication);
     }
 
     /// After a pack.
@@ -207,9 +253,10 @@ impl Hub {
     pub(crate) fn invalidate_all(&self) {
         let last_tid = self.storage.last_tid();
         let mut registry = self.registry();
-        registry.last_tid = last_tid;
-        registry.queue.clear();
-        registry.queue.push_back((last_tid, Arc::new([])));
+        registry.start_at(last_tid);
+        if let Some(held_back) = &mut registry.held_back {
+            held_back.clear();
+        }
         for mailbox in registry.listeners.values() {
             mailbox.condemn("the storage was exchanged below; clients have to verify their caches".into());
         }
@@ -264,7 +311,11 @@ struct Below(Weak<Hub>);
 impl InvalidationSink for Below {
     fn invalidate(&self, tid: Tid, oids: Vec<Oid>) {
         if let Some(hub) = self.0.upgrade() {
-            hub.publish(tid, oids.into(), None);
+            let mut registry = hub.registry();
+            match &mut registry.held_back {
+                Some(held_back) => held_back.push((tid, oids.into())),
+                None => registry.announce_below(tid, oids.into()),
+            }
         }
     }
 

@@ -20,6 +20,7 @@ use super::admin;
 use super::connection::{Socket, serve};
 use super::hub::{Hub, HubOptions};
 use super::{ServerConfig, Shared, locks::LockHolder};
+use crate::ids::Tid;
 use crate::net::Address;
 use crate::net::tls::{ServerTls, TlsError};
 use crate::storage::{Storage, StorageError};
@@ -168,7 +169,7 @@ impl Server {
                 Err(error) => tracing::error!(%error, "the HTTP listener ended"),
             }
         }
-        drop(stopped);
+        acceptors.spawn(save_indexes(Arc::clone(&shared), stopped));
         shutdown.await;
         tracing::info!("server stopping");
         shared.stopping.store(true, Ordering::Relaxed);
@@ -412,6 +413,28 @@ async fn accept(
     }
 }
 
+/// Saves, every now and then, what makes the next start fast, of the storages that have changed.
+async fn save_indexes(shared: Arc<Shared>, mut stopped: watch::Receiver<bool>) {
+    let mut saved: Vec<Tid> = shared.hubs.iter().map(|hub| hub.registry().last_tid()).collect();
+    loop {
+        tokio::select! {
+            () = tokio::time::sleep(shared.config.checkpoint_interval) => {}
+            _ = stopped.wait_for(|stop| *stop) => return,
+        }
+        for (hub, saved) in shared.hubs.iter().zip(&mut saved) {
+            let last_tid = hub.registry().last_tid();
+            if std::mem::replace(saved, last_tid) == last_tid {
+                continue;
+            }
+            let storage = Arc::clone(&hub.storage);
+            match tokio::task::spawn_blocking(move || storage.checkpoint()).await {
+                Ok(Err(error)) => tracing::warn!(storage = %hub.id, %error, "the index cannot be saved"),
+                Ok(Ok(())) | Err(_) => {}
+            }
+        }
+    }
+}
+
 async fn serve_tls(
     shared: Arc<Shared>,
     tls: &ServerTls,
@@ -440,7 +463,10 @@ impl Acceptor {
         match self {
             Self::Tcp(listener) => {
                 let (stream, peer) = listener.accept().await?;
-                set_options(&stream)?;
+                if let Err(error) = set_options(&stream) {
+                    // Usually closed again already; reading will tell.
+                    tracing::debug!(client = %peer, %error, "socket options cannot be set");
+                }
                 Ok((Socket::Tcp(stream), Address::from(peer).to_string()))
             }
             Self::Unix(listener, file) => {

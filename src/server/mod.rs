@@ -78,6 +78,8 @@ pub struct ServerConfig {
     pub shutdown_grace: Duration,
     /// Speak TLS, with clients that show a certificate it trusts.
     pub tls: Option<Arc<ServerTls>>,
+    /// How often storages that have changed save their index.
+    pub checkpoint_interval: Duration,
     /// Threads of the event loop; `None`: one a core, at least two.
     pub workers: Option<usize>,
 }
@@ -102,6 +104,7 @@ impl Default for ServerConfig {
             http: None,
             shutdown_grace: Duration::from_secs(5),
             tls: None,
+            checkpoint_interval: Duration::from_secs(300),
             workers: None,
         }
     }

@@ -257,6 +257,47 @@ fn registration_leaves_no_gap() {
     });
 }
 
+/// A storage that is itself a client of another server: what others commit there reaches the clients here in tid order,
+/// also when it is heard of while a commit from here is under way.
+#[test]
+fn commits_below_the_storage_are_announced_in_order() {
+    let storage = Gated::new(true);
+    let server = serve(ServerConfig::default(), Arc::clone(&storage) as Arc<dyn Storage>);
+    let below = storage.below.lock().unwrap().clone().unwrap();
+    let mut a = Peer::new(&server, Encoding::Pickle);
+    let mut b = Peer::new(&server, Encoding::Pickle);
+    below.invalidate(Tid(5), vec![Oid(5)]);
+    b.ping();
+    assert_eq!(b.invalidations(), [(Tid(5), vec![Oid(5)])]);
+    b.notices.clear();
+    storage.finishes.shut();
+    a.begin(1);
+    a.store(1, 1, Tid::ZERO, b"x");
+    a.vote(1).unwrap();
+    let id = a.send(&Call::TpcFinish { txn: Value::Int(1) }, false);
+    storage.finishes.wait_for(1);
+    let future = Tid(Tid::from_unix(4e9).0);
+    for tid in [Tid(6), future] {
+        below.invalidate(tid, vec![Oid(6)]);
+    }
+    b.ping();
+    assert!(b.notices.is_empty());
+    storage.finishes.open();
+    let own = a.answer(&id).unwrap().as_tid().unwrap();
+    b.ping();
+    assert_eq!(b.invalidations().iter().map(|(tid, _)| *tid).collect::<Vec<_>>(), [Tid(6), own, future]);
+    a.ping();
+    assert_eq!(a.invalidations().iter().map(|(tid, _)| *tid).collect::<Vec<_>>(), [Tid(5), Tid(6), future]);
+    // Its own commit, reported back, is not news.
+    below.invalidate(own, vec![Oid(1)]);
+    b.ping();
+    assert_eq!(b.invalidations().len(), 3);
+    // Anything may have changed: everybody has to verify.
+    below.invalidate_all();
+    a.expect_closed();
+    b.expect_closed();
+}
+
 #[test]
 fn missed_invalidations_are_answered_from_the_queue() {
     let storage = memory();

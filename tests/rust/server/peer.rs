@@ -13,8 +13,9 @@ use zeo_rs::pickle::Value;
 use zeo_rs::server::{Server, ServerConfig, ServerHandle};
 use zeo_rs::storage::memory::MemoryStorage;
 use zeo_rs::storage::{
-    Capabilities, Committed, ConflictResolver, HistoryEntry, Loaded, NextRecord, PackOptions, Result,
-    StagedTxn, Storage, StorageError, TxnIterator, UndoEntry, VoteOutcome, VotedTxn, WholeStorageLock,
+    Capabilities, Committed, ConflictResolver, HistoryEntry, InvalidationSink, Loaded, NextRecord,
+    PackOptions, Result, StagedTxn, Storage, StorageError, TxnIterator, UndoEntry, VoteOutcome, VotedTxn,
+    WholeStorageLock,
 };
 use zeo_rs::wire::{self, Call, Encoding, Fault, FrameReader, MessageId, Notice, ServerMessage};
 
@@ -289,6 +290,7 @@ pub(crate) struct Gated {
     pub(crate) finishes: Gate,
     pub(crate) fails: Mutex<Option<StorageError>>,
     pub(crate) quick_loads: bool,
+    pub(crate) below: Mutex<Option<Arc<dyn InvalidationSink>>>,
 }
 
 impl Gated {
@@ -300,6 +302,7 @@ impl Gated {
             finishes: Gate::default(),
             fails: Mutex::default(),
             quick_loads,
+            below: Mutex::default(),
         })
     }
 }
@@ -385,6 +388,9 @@ impl Storage for Gated {
     }
     fn blob_oid_directory(&self, oid: Oid) -> Result<PathBuf> {
         self.inner.blob_oid_directory(oid)
+    }
+    fn subscribe(&self, sink: Arc<dyn InvalidationSink>) {
+        *self.below.lock().unwrap() = Some(sink);
     }
     fn checkpoint(&self) -> Result<()> {
         Ok(())
