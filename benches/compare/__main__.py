@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 
 from . import report
 from .harness import KINDS, ROOT, Bench, Failed
@@ -52,13 +53,17 @@ def main():
             bench.chosen = {n.split(".")[1] for n in chosen if "." in n} if name not in chosen else set()
             try:
                 importlib.import_module(f"compare.{name}").run(bench)
-            except Failed as exc:
+            except Exception as exc:                          # what has been measured so far is worth writing
+                if not isinstance(exc, Failed):
+                    traceback.print_exc()
+                bench.broken = True
                 print(f"  {name} broken off: {exc}", flush=True)
     finally:
         bench.close()
         if bench.results:
             text = report.write(options.out, env, bench.results)
             print(f"\n{text}\n{time.monotonic() - started:.0f} s; written to {options.out}")
+    sys.exit(1 if bench.broken else 0)
 
 
 if __name__ == "__main__":

@@ -207,7 +207,7 @@ class Bench:
         self.data_dir = options.data
         self.work_dir = tempfile.mkdtemp(prefix="run-", dir=options.data)
         self.results, self.idle, self.servers = [], {}, []
-        self.limits, self.chosen = None, set()
+        self.limits, self.chosen, self.broken = None, set(), False
 
     # sizes ------------------------------------------------------------------------------------------------------
     def size(self, quick, normal, large=None):

@@ -25,7 +25,10 @@ class Limits:
         self.binary, self.directory = build(directory), directory
 
     def _run(self, *args, timeout=120):
-        done = subprocess.run([self.binary, *map(str, args)], capture_output=True, text=True, timeout=timeout)
+        try:
+            done = subprocess.run([self.binary, *map(str, args)], capture_output=True, text=True, timeout=timeout)
+        except subprocess.TimeoutExpired:
+            raise Failed(f"limits {args[0]} took more than {timeout} s") from None
         if done.returncode:
             raise Failed(f"limits {args[0]}: {done.stderr.strip()}")
         return json.loads(done.stdout.strip().splitlines()[-1])
@@ -51,7 +54,7 @@ class Limits:
 
     @functools.cache
     def pread(self, path, size=300):
-        return self._run("pread", path, size, 200_000)["seconds"]
+        return self._run("pread", path, size, min(200_000, (2 << 30) // size))["seconds"]
 
     @functools.cache
     def memcpy(self, size=250):
