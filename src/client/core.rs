@@ -15,6 +15,10 @@ use crate::wire::{Encoding, Notice};
 
 /// What a storage tells its owner. Called on the client's background thread, one at a time, with no lock held.
 pub trait DatabaseCallbacks: Send + Sync {
+    /// Runs the background thread, with whatever the calls below need set up once instead of for each of them.
+    fn enter(&self, run: Box<dyn FnOnce() + Send>) {
+        run();
+    }
     /// `db.invalidate(tid, oids)`.
     fn invalidate(&self, tid: Tid, oids: &[Oid]);
     /// `db.invalidateCache()`: anything may have changed.

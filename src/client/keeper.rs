@@ -58,7 +58,10 @@ impl Keeper {
     ) -> std::io::Result<()> {
         let name = format!("{} zeo client", client.options.name);
         let keeper = Self { client, events, sender, attempts: Vec::new(), round: 0, generation: 0 };
-        std::thread::Builder::new().name(name.chars().take(15).collect()).spawn(move || keeper.run())?;
+        std::thread::Builder::new().name(name.chars().take(15).collect()).spawn(move || {
+            let callbacks = Arc::clone(&keeper.client.core.callbacks);
+            callbacks.enter(Box::new(move || keeper.run()));
+        })?;
         Ok(())
     }
 

@@ -582,6 +582,20 @@ impl Callbacks {
 }
 
 impl DatabaseCallbacks for Callbacks {
+    /// The thread keeps one Python thread state, detached while it waits: to make one for each callback costs an `mmap`,
+    /// a page fault and a `munmap`. At the interpreter's end the thread hangs where it would attach again (pyo3-ffi).
+    fn enter(&self, run: Box<dyn FnOnce() + Send>) {
+        let mut run = Some(run);
+        Python::try_attach(|py| {
+            if let Some(run) = run.take() {
+                py.detach(run);
+            }
+        });
+        if let Some(run) = run {
+            run();
+        }
+    }
+
     fn invalidate(&self, tid: Tid, oids: &[Oid]) {
         self.call("_invalidate", |py| {
             let oids: Vec<_> = oids.iter().map(|oid| oid_bytes(py, *oid)).collect();

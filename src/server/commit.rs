@@ -4,14 +4,19 @@
 //! order: queue, invalidations of everybody else, then `info` and the reply of its own connection. Locks are released
 //! after that, so a queued voter reads the invalidation before its own vote is answered.
 //!
+//! A sync costs the same for one transaction as for twenty, and each connection is woken once for a group, so the committer
+//! waits for the finishes of transactions that have voted already, a client's round trip away. Not for longer than its
+//! last finishes took, not for one that let it wait in vain before, and not at all for a committer that is alone.
+//!
 //! Cost of a finish beside the engine's: one channel send and one thread switch to get here, one post (and wake-up) for
 //! each registered connection.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::hub::{Hub, count};
 use super::locks::LockGuard;
@@ -29,12 +34,14 @@ pub(crate) struct Held {
 
 impl Held {
     pub(crate) fn new(hub: Arc<Hub>, locks: LockGuard, voted: VotedTxn) -> Self {
+        hub.committer.held.fetch_add(1, Ordering::Relaxed);
         Self { voted: Some(voted), hub, _locks: locks }
     }
 }
 
 impl Drop for Held {
     fn drop(&mut self) {
+        self.hub.committer.held.fetch_sub(1, Ordering::Relaxed);
         if let Some(voted) = self.voted.take() {
             self.hub.storage.abort(voted);
         }
@@ -55,6 +62,8 @@ pub(crate) struct FinishJob {
 
 /// See the module documentation.
 pub(crate) struct Committer {
+    /// Transactions that have voted and are not finished or aborted.
+    held: AtomicUsize,
     jobs: Mutex<Option<Sender<FinishJob>>>,
     thread: Mutex<Option<JoinHandle<()>>>,
 }
@@ -65,7 +74,10 @@ pub(crate) struct CommitterThread(Receiver<FinishJob>);
 impl Committer {
     pub(crate) fn new() -> (Self, CommitterThread) {
         let (sender, receiver) = channel();
-        (Self { jobs: Mutex::new(Some(sender)), thread: Mutex::new(None) }, CommitterThread(receiver))
+        (
+            Self { held: AtomicUsize::new(0), jobs: Mutex::new(Some(sender)), thread: Mutex::new(None) },
+            CommitterThread(receiver),
+        )
     }
 
     /// Queues a finish; `reply` will be called whatever happens, unless the connection ends first.
@@ -96,16 +108,57 @@ impl CommitterThread {
         let name = format!("zeo commit {}", hub.id);
         let owner = Arc::clone(&hub);
         let run = move || {
+            let mut patience = Patience::default();
             while let Ok(first) = self.0.recv() {
                 let mut group = vec![first];
-                group.extend(self.0.try_iter());
+                patience.gather(&self.0, &hub.committer.held, &mut group);
+                let begin = Instant::now();
                 finish(&hub, group);
+                patience.took(begin.elapsed());
             }
         };
         let thread = std::thread::Builder::new().name(name).spawn(run);
         let thread = thread.map_err(|error| StorageError::io("cannot start the committer thread", error))?;
         *owner.committer.thread.lock().unwrap_or_else(PoisonError::into_inner) = Some(thread);
         Ok(())
+    }
+}
+
+/// How long the committer waits for transactions that have voted.
+#[derive(Default)]
+struct Patience {
+    /// Moving average of what a group takes.
+    finish: Duration,
+    /// So many voted transactions did not come in time, most likely because their clients hang.
+    absent: usize,
+}
+
+impl Patience {
+    /// Never longer than this, however slow the disk is.
+    const MOST: Duration = Duration::from_millis(5);
+
+    fn took(&mut self, finish: Duration) {
+        self.finish = (self.finish * 7 + finish) / 8;
+    }
+
+    /// Fills `group` with what is there and with what is to be expected at once.
+    fn gather<T>(&mut self, jobs: &Receiver<T>, held: &AtomicUsize, group: &mut Vec<T>) {
+        let until = Instant::now() + self.finish.min(Self::MOST);
+        loop {
+            group.extend(jobs.try_iter());
+            let missing = held.load(Ordering::Relaxed).saturating_sub(group.len());
+            self.absent = self.absent.min(missing);
+            if missing == self.absent {
+                return;
+            }
+            match jobs.recv_timeout(until.saturating_duration_since(Instant::now())) {
+                Ok(job) => group.push(job),
+                Err(_) => {
+                    self.absent = missing;
+                    return;
+                }
+            }
+        }
     }
 }
 
@@ -151,4 +204,36 @@ fn refuse(job: FinishJob, error: &StorageError) {
     let error = error.clone();
     mailbox.post(Event::Continue(Box::new(move |session| reply(session, Err(error)))));
     drop(held);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_group_takes_what_is_there_and_forgives_who_does_not_come() {
+        let (sender, jobs) = channel();
+        let mut patience = Patience::default();
+        patience.took(Duration::from_millis(8));
+        let held = AtomicUsize::new(3);
+        sender.send(2).unwrap();
+        sender.send(3).unwrap();
+        let mut group = vec![1];
+        patience.gather(&jobs, &held, &mut group);
+        assert_eq!((group.len(), patience.absent), (3, 0));
+        // one has voted and hangs: waited for once
+        held.store(2, Ordering::Relaxed);
+        let mut group = vec![1];
+        patience.gather(&jobs, &held, &mut group);
+        assert_eq!((group.len(), patience.absent), (1, 1));
+        // and not again
+
+        let mut group = vec![1];
+        patience.gather(&jobs, &held, &mut group);
+        assert_eq!((group.len(), patience.absent), (1, 1));
+        // it has gone: the next one that votes is waited for again
+        held.store(1, Ordering::Relaxed);
+        patience.gather(&jobs, &held, &mut vec![1]);
+        assert_eq!(patience.absent, 0);
+    }
 }
