@@ -8,6 +8,7 @@ import base64
 import contextlib
 import os
 import threading
+import time
 import uuid
 
 from persistent.TimeStamp import TimeStamp
@@ -160,7 +161,7 @@ class FileStorage(FileStorageBase, ZODBFileStorage):
         # not owned by a thread: another one may finish or abort
         self._commit_lock.acquire()
         try:
-            self._tid = self._begin(transaction, tid, status)
+            self._tid = self._begin(transaction, tid, status, time.time())
         except BaseException:
             self._commit_lock.release()
             raise

@@ -57,6 +57,8 @@ struct Opened {
     /// What `lastTransaction()` answers: the newest tid whose callback has returned.
     published: AtomicU64,
     publishing: Publishing,
+    /// Newest tid given to a transaction, committed or not.
+    generated: Mutex<Tid>,
     current: Mutex<Option<Current>>,
 }
 
@@ -232,6 +234,7 @@ impl FileStorageBase {
             engine: Arc::new(engine),
             published: AtomicU64::new(last.0),
             publishing: Publishing::default(),
+            generated: Mutex::new(last),
             current: Mutex::new(None),
         };
         self.0.set(opened).map_err(|_| PyValueError::new_err("the storage is open already"))
@@ -425,13 +428,14 @@ impl FileStorageBase {
         Ok(())
     }
 
-    /// Begins; the caller holds the commit lock. Answers the transaction's tid.
-    #[pyo3(signature = (transaction, tid=None, status=" "))]
+    /// Begins; the caller holds the commit lock. Answers the transaction's tid, made of the Unix time `now` if not given.
+    #[pyo3(signature = (transaction, tid, status, now))]
     fn _begin<'py>(
         &self,
         transaction: &Bound<'py, PyAny>,
         tid: Option<&Bound<'py, PyAny>>,
         status: &str,
+        now: f64,
     ) -> PyResult<Bound<'py, PyBytes>> {
         let this = self.opened()?;
         let py = transaction.py();
@@ -441,7 +445,12 @@ impl FileStorageBase {
         };
         let given = optional_tid_arg(tid)?;
         let meta = metadata_arg(transaction)?;
-        let tid = given.unwrap_or_else(|| this.engine.new_tid());
+        let tid = {
+            let mut generated = locked(&this.generated);
+            let tid = given.unwrap_or_else(|| Tid::from_unix(now).later_than(*generated));
+            *generated = tid.max(*generated);
+            tid
+        };
         let pending = this.engine.begin(meta, Some(tid), status).or_raise(py)?;
         *locked(&this.current) =
             Some(Current { transaction: transaction.clone().unbind(), tid, phase: Phase::Begun(pending) });
