@@ -2,6 +2,7 @@
 //! One file per class, each with a `register(m)`.
 
 mod aio;
+mod check;
 mod client_errors;
 mod client_storage;
 mod convert;
@@ -25,6 +26,7 @@ fn _zeo(m: &Bound<'_, PyModule>) -> PyResult<()> {
     client_storage::register(m)?;
     file_storage::register(m)?;
     pack::register(m)?;
+    check::register(m)?;
     server::register(m)?;
     tls::register(m)?;
     Ok(())

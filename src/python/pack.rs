@@ -60,7 +60,7 @@ fn pack_file_storage(
     }
 }
 
-fn progress_call(py: Python<'_>, progress: &Py<PyAny>, at: &PackProgress) -> PyResult<bool> {
+pub(super) fn progress_call(py: Python<'_>, progress: &Py<PyAny>, at: &PackProgress) -> PyResult<bool> {
     let fields = PyDict::new(py);
     fields.set_item("phase", at.phase)?;
     fields.set_item("bytes_done", at.bytes_done)?;

@@ -166,18 +166,21 @@ impl FileStorage {
         pace: &mut Pace<'_>,
     ) -> Result<Outcome> {
         let mut copied = pack_pos;
-        for round in 0.. {
-            // The first round is part of the copy; what is left gets less by each.
-            while snapshot_end_after(job, copied, LITTLE) {
-                let end = job.snapshot.end();
+        let (mut rounds, mut synced) = (0, 0);
+        loop {
+            let end = job.snapshot.end();
+            if end - copied > LITTLE && rounds < ROUNDS {
                 if let Some(oid) = copier.copy_rest(copied, end, missing, pace)? {
                     return Ok(Outcome::Missed(oid));
                 }
                 copied = end;
+                rounds += 1;
                 pace.enter("catch up", 0, 0)?;
-            }
-            copier.out.sync()?;
-            if round >= ROUNDS || !snapshot_end_after(job, copied, LITTLE) {
+            } else if synced < copied {
+                // Takes long the first time; what is committed meanwhile is the next round.
+                copier.out.sync()?;
+                synced = copied;
+            } else {
                 break;
             }
         }
@@ -227,10 +230,6 @@ impl FileStorage {
             file.map_err(|e| StorageError::io(format!("cannot create {}", files.packed.display()), e))?;
         Ok(Arc::new(OsFile(file)))
     }
-}
-
-fn snapshot_end_after(job: &Job<'_>, copied: u64, distance: u64) -> bool {
-    job.snapshot.end() - copied > distance
 }
 
 fn is_blob(data: &[u8]) -> bool {
