@@ -1,5 +1,6 @@
 //! One attempt to get a registered connection from one address; runs on a thread of its own.
 
+use std::io::ErrorKind;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -45,16 +46,21 @@ pub(super) enum DialError {
     Cache(String),
 }
 
-/// Connects, shakes hands, registers.
+/// A server greets at once. One that has not after this long may be waiting for a TLS hello, which is worth saying.
+const GREETING: Duration = Duration::from_secs(1);
+
+/// Connects, shakes hands, registers. `note` is told what takes long.
 pub(super) fn dial(
     address: &Address,
     options: &Options,
     access: Access,
     cancelled: &AtomicBool,
+    note: &dyn Fn(String),
 ) -> Result<Registered, DialError> {
     let deadline = Instant::now() + options.timers.handshake;
     let stream = Stream::connect(address, options.tls.as_deref(), deadline, cancelled)?;
     let mut inbox = Inbox::default();
+    let mut patience = deadline.min(Instant::now() + GREETING);
     let announced = loop {
         if inbox.is_tls() {
             return Err(DialError::SpeaksTls);
@@ -62,12 +68,21 @@ pub(super) fn dial(
         if let Some(frame) = inbox.next_frame()? {
             break frame;
         }
-        stream.wait_readable(deadline, cancelled)?;
+        match stream.wait_readable(patience, cancelled) {
+            Err(error) if error.kind() == ErrorKind::TimedOut && patience < deadline => {
+                let hint = if options.tls.is_none() { "; it may want TLS (ssl)" } else { "" };
+                note(format!("{address}: connected, but the server says nothing{hint}"));
+                patience = deadline;
+                continue;
+            }
+            ready => ready?,
+        }
         if !inbox.fill(&stream, false)? {
-            return Err(DialError::Closed(match options.tls {
-                None => "without a word (does it want TLS?)",
-                Some(_) => "without a word (does it accept our TLS certificate?)",
-            }));
+            return Err(stream
+                .tls_closed()
+                .map_or(DialError::Closed("without a word (does it want TLS?)"), |error| {
+                    DialError::Io(std::io::Error::other(error))
+                }));
         }
     };
     let encoding = wire::choose(&announced)?;

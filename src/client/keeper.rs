@@ -132,7 +132,8 @@ impl Keeper {
             let (client, sender, round) = (self.client.clone(), self.sender.clone(), self.round);
             let address = attempt.address.clone();
             let spawned = std::thread::Builder::new().name("zeo dial".into()).spawn(move || {
-                let result = dial(&address, &client.options, access, &client.closing).map(Box::new);
+                let note = |text| client.note_failure(text);
+                let result = dial(&address, &client.options, access, &client.closing, &note).map(Box::new);
                 let _ = sender.send(Event::Dialled { round, index, result });
                 client.wake.wake();
             });

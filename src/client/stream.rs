@@ -16,7 +16,7 @@ use rustix::net::{RecvFlags, SendFlags};
 use socket2::{SockRef, TcpKeepalive};
 
 use crate::net::Address;
-use crate::net::tls::{ClientSession, ClientTls};
+use crate::net::tls::{ClientSession, ClientTls, TlsError};
 
 /// A dead peer is noticed after about this long without an answer to the kernel's probes.
 const DEAD_AFTER: Duration = Duration::from_secs(20);
@@ -155,6 +155,11 @@ impl Stream {
             RawWriter(self).write_all(&ciphertext)?;
         }
         Ok(())
+    }
+
+    /// What it may mean that a TLS server closed the connection before it greeted.
+    pub(super) fn tls_closed(&self) -> Option<TlsError> {
+        self.tls.as_ref().map(|tls| lock(tls).closed())
     }
 
     /// True if [`Self::read`] has something without asking the socket.

@@ -8,9 +8,9 @@ use pyo3::exceptions::{PyOSError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyTuple};
 
-use super::errors;
 use super::served_storage::{PythonResolver, ServedStorage};
 use super::tls::PyServerTls;
+use super::{errors, logging};
 use crate::ids::Tid;
 use crate::net::Address;
 use crate::server::{Server, ServerConfig, ServerError, ServerHandle};
@@ -39,6 +39,7 @@ impl PyServer {
         storages: Vec<(String, Bound<'_, PyAny>)>,
         options: Option<&Bound<'_, PyDict>>,
     ) -> PyResult<Self> {
+        logging::refresh(py);
         let mut config = options.map(config_of).transpose()?.unwrap_or_default();
         config.addresses = addresses.iter().map(address_of).collect::<PyResult<_>>()?;
         config.resolver = Arc::new(PythonResolver);

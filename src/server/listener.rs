@@ -449,7 +449,8 @@ async fn serve_tls(
     match shaken {
         Ok(stream) => serve(shared, stream, peer, stopped).await,
         Err(TlsError::HungUp) => tracing::debug!(client = %peer, "connection without a client closed"),
-        Err(error) => tracing::info!(client = %peer, "{error}"),
+        Err(error) if tls.is_news(&peer, &error) => tracing::info!("{error}"),
+        Err(error) => tracing::debug!("{error}"),
     }
 }
 

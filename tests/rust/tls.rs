@@ -617,6 +617,18 @@ fn silent_clients_are_told_and_dropped() {
 }
 
 #[test]
+fn the_same_failure_of_the_same_host_is_no_news() {
+    let server = ServerTls::new(server_options("server", "client")).unwrap();
+    let error = |text: &str| TlsError::Failed(format!("TLS with the client {text}"));
+    assert!(server.is_news("10.0.0.1:1", &error("10.0.0.1:1 failed")));
+    assert!(!server.is_news("10.0.0.1:2", &error("10.0.0.1:2 failed")));
+    assert!(server.is_news("10.0.0.1:3", &error("10.0.0.1:3 failed otherwise")));
+    assert!(server.is_news("10.0.0.2:1", &error("10.0.0.2:1 failed")));
+    let news = (0..1000).filter(|n| server.is_news(&format!("10.1.0.{n}:1"), &error("failed"))).count();
+    assert!(news < 100, "{news}");
+}
+
+#[test]
 fn a_plaintext_server_is_recognised() {
     let client = ClientTls::new(client_options("client", "server")).unwrap();
     let mut session = client.session(Some(HOST), "zeo.example.com:8100").unwrap();

@@ -199,7 +199,7 @@ impl ClientSession {
         self.explain.io(error)
     }
 
-    /// The socket ended during the handshake.
+    /// The socket ended before the server said anything: what that may mean.
     pub fn closed(&self) -> TlsError {
         self.explain.closed()
     }

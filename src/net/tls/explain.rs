@@ -72,15 +72,18 @@ impl Explain {
         }
     }
 
-    /// The peer closed the connection before the handshake was done.
+    /// The peer closed the connection before the handshake was done, or (TLS 1.3) before it said anything after it.
     pub(super) fn closed(&self) -> TlsError {
-        let hint = if self.is_client {
-            "; it may not speak TLS (no <ssl> section), or not accept our certificate: see its log"
-        } else {
-            "; it may not speak TLS, or not accept our certificate: see its log"
+        let hint = match &self.own {
+            Some(own) => {
+                format!("it may not accept our certificate {own}, or not speak TLS; its log should say")
+            }
+            None => {
+                "it may require a client certificate (give certificate and key), or not speak TLS".to_owned()
+            }
         };
         TlsError::Failed(format!(
-            "TLS with {} failed: it closed the connection during the handshake{hint}",
+            "TLS with {} failed: it closed the connection without a word: {hint}",
             self.peer
         ))
     }

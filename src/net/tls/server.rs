@@ -1,9 +1,10 @@
 //! The server's side: every client must show a certificate, as with ZEO's `<ssl>` section.
 
+use std::collections::HashMap;
 use std::io;
 use std::path::PathBuf;
-use std::sync::{Arc, RwLock};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::time::{Duration, Instant};
 
 use rustls::ServerConfig;
 use rustls::server::{Acceptor, NoServerSessionStorage};
@@ -24,6 +25,10 @@ const SILENCE_ALERT: [u8; 7] = [0x15, 3, 3, 0, 2, 2, 40];
 /// How long a client may take to say hello, which it does at once; one without TLS waits for the server, and is told after this.
 const HELLO: Duration = Duration::from_secs(5);
 
+/// The same failure of the same host is logged once in this time, and so many different ones.
+const NEWS: Duration = Duration::from_secs(60);
+const MAX_NEWS: usize = 100;
+
 /// ZEO's server `<ssl>` section.
 #[derive(Debug, Clone)]
 pub struct ServerTlsOptions {
@@ -42,6 +47,7 @@ pub struct ServerTls {
     options: ServerTlsOptions,
     identity: RwLock<Arc<Identity>>,
     trust: Trust,
+    told: Mutex<HashMap<String, Instant>>,
 }
 
 impl ServerTls {
@@ -49,20 +55,34 @@ impl ServerTls {
     pub fn new(options: ServerTlsOptions) -> Result<Self, TlsError> {
         let identity = RwLock::new(Arc::new(options.identity()?));
         let trust = Trust::load(options.authenticate.clone())?;
-        Ok(Self { options, identity, trust })
+        Ok(Self { options, identity, trust, told: Mutex::default() })
     }
 
     /// Reads the files again, for new connections (SIGHUP). On an error everything stays as it was.
     pub fn reload(&self) -> Result<(), TlsError> {
         let identity = Arc::new(self.options.identity()?);
         self.trust.reload()?;
-        *self.identity.write().unwrap_or_else(std::sync::PoisonError::into_inner) = identity;
+        *self.identity.write().unwrap_or_else(PoisonError::into_inner) = identity;
         Ok(())
     }
 
     /// Accepts these certificates too, from now on and over [`Self::reload`]: how `authenticate DYNAMIC` is filled.
     pub fn trust(&self, pem: PemSource<'_>) -> Result<(), TlsError> {
         self.trust.add(read_added(pem)?)
+    }
+
+    /// False if the same was said of this host in the last minute: a client that is refused tries again at once, and for ever.
+    pub fn is_news(&self, peer: &str, error: &TlsError) -> bool {
+        let host = peer.rsplit_once(':').map_or(peer, |(host, _)| host);
+        let text = format!("{host} {}", error.to_string().replace(peer, ""));
+        let now = Instant::now();
+        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        told.retain(|_, at| now.duration_since(*at) < NEWS);
+        if told.contains_key(&text) {
+            return false;
+        }
+        // Many hosts at once are a scan; then a line each is too much as well.
+        told.len() < MAX_NEWS && told.insert(text, now).is_none()
     }
 
     /// The handshake, on a connection just accepted; `peer` is its name in messages. Costs a stat if `authenticate` is a directory,
@@ -73,7 +93,7 @@ impl ServerTls {
     where
         S: AsyncRead + AsyncWrite + Unpin,
     {
-        let identity = self.identity.read().unwrap_or_else(std::sync::PoisonError::into_inner).clone();
+        let identity = self.identity.read().unwrap_or_else(PoisonError::into_inner).clone();
         let provider = provider();
         let algorithms = provider.signature_verification_algorithms;
         let (verifier, said) = PeerVerifier::new(self.trust.current(), false, algorithms);

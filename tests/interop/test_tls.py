@@ -1,0 +1,458 @@
+"""TLS against real ZEO: its client with our server, our client with its server, and what each is told when it does not work.
+
+The certificates are made here as ZEO's documentation tells: self-signed by ``openssl req -x509``, each its own CA, no subjectAltName.
+"""
+
+import logging
+import os
+import shutil
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import transaction
+import ZEO
+import ZODB
+import ZODB.config
+from peers import free_port
+
+import zeo_rs
+from zeo_rs import _zeo, tls
+
+HOST = "zeo.example.com"
+ZEO_TESTS = Path(ZEO.__file__).parent / "tests"
+START = 30
+
+pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the openssl command")
+
+
+def openssl(*args):
+    subprocess.run(["openssl", *map(str, args)], check=True, capture_output=True)
+
+
+class Certificates:
+    """``name.pem`` and ``name.key`` in a directory."""
+
+    def __init__(self, directory):
+        self.directory = directory
+
+    def cert(self, name):
+        return str(self.directory / f"{name}.pem")
+
+    def key(self, name):
+        return str(self.directory / f"{name}.key")
+
+    def self_signed(self, name, subject, *options):
+        args = ("-nodes", "-newkey", "rsa:2048", "-days", "30", "-subj", subject, *options)
+        openssl("req", "-x509", *args, "-keyout", self.key(name), "-out", self.cert(name))
+
+    def leaf(self, name, subject, ca, *options):
+        """As ``openssl x509 -req`` makes it without options: X.509 v1."""
+        request = self.directory / f"{name}.csr"
+        openssl("req", "-nodes", "-newkey", "rsa:2048", "-subj", subject, "-keyout", self.key(name), "-out", request)
+        by = ("-CA", self.cert(ca), "-CAkey", self.key(ca), "-CAcreateserial")
+        openssl("x509", "-req", "-in", request, "-days", "30", "-out", self.cert(name), *by, *options)
+
+
+@pytest.fixture(scope="module")
+def certs(tmp_path_factory):
+    certs = Certificates(tmp_path_factory.mktemp("certs"))
+    certs.self_signed("server", f"/C=US/O=Example/CN={HOST}")
+    certs.self_signed("client", "/CN=client")
+    certs.self_signed("stranger", f"/C=US/O=Example/CN={HOST}")
+    certs.self_signed("ca", "/CN=CA", "-addext", "keyUsage=critical,keyCertSign,cRLSign")
+    certs.leaf("server-v1", f"/CN={HOST}", "ca")
+    certs.leaf("client-v1", "/CN=client", "ca")
+    extensions = certs.directory / "extensions"
+    extensions.write_text(f"subjectAltName=DNS:{HOST},IP:127.0.0.1\n")
+    certs.leaf("server-san", "/CN=other", "ca", "-extfile", extensions)
+    for name in ("server", "client"):
+        encrypt = ("-aes256", "-passout", "pass:secret")
+        openssl("rsa", "-in", certs.key(name), "-traditional", *encrypt, "-out", certs.key(name + "-encrypted"))
+    return certs
+
+
+# ---- one server and one client of either kind, with the same words of configuration
+
+
+class ZeoServer:
+    """``runzeo`` with an ``<ssl>`` section; without settings, without one."""
+
+    def __init__(self, directory, **settings):
+        self.address = ("127.0.0.1", free_port())
+        self.log = directory / "zeo.log"
+        config = directory / "zeo.conf"
+        config.write_text(
+            f"<zeo>\n  address 127.0.0.1:{self.address[1]}\n{section(settings)}\n</zeo>\n"
+            "<mappingstorage>\n</mappingstorage>\n"
+            f"<eventlog>\n  level info\n  <logfile>\n    path {self.log}\n  </logfile>\n</eventlog>\n"
+        )
+        command = [sys.executable, "-m", "ZEO.runzeo", "-C", str(config)]
+        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=directory, env=environment
+        )
+        deadline = time.monotonic() + START
+        while True:
+            try:
+                socket.create_connection(self.address, 1).close()
+                return
+            except OSError:
+                assert self.process.poll() is None, self.process.stderr.read()
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+
+    def close(self):
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            self.process.wait(10)
+        except subprocess.TimeoutExpired:  # ZEO waits for the rest of what it took for a frame: the TLS hello
+            self.process.kill()
+            self.process.wait()
+        self.process.stderr.close()
+
+
+class RustServer:
+    def __init__(self, directory, **settings):
+        self.tls = tls.server_ssl(as_section(settings)) if settings else None
+        options = {"tls": tls.server_tls(self.tls)}
+        self.server = _zeo.Server([("127.0.0.1", 0)], [("1", ("mappingstorage", "1"))], options)
+        self.address = self.server.address
+
+    def close(self):
+        self.server.stop()
+
+
+SERVERS = {"zeo": ZeoServer, "rust": RustServer}
+
+
+def section(settings):
+    if not settings:
+        return ""
+    lines = [f"    {name.replace('_', '-')} {value}" for name, value in settings.items()]
+    return "  <ssl>\n" + "\n".join(lines) + "\n  </ssl>"
+
+
+def as_section(settings):
+    """What ZConfig gives a datatype."""
+    names = ("certificate", "key", "password_function", "authenticate", "server_hostname")
+    defaults = dict.fromkeys(names) | {"check_hostname": True}
+    return SimpleNamespace(**(defaults | settings))
+
+
+def zeo_client(address, wait_timeout=START, **settings):
+    text = f"""
+    %import ZEO
+    <clientstorage>
+      server {address[0]}:{address[1]}
+      wait-timeout {wait_timeout}
+    {section(settings)}
+    </clientstorage>
+    """
+    return ZODB.config.storageFromString(text)
+
+
+def rust_client(address, wait_timeout=START, **settings):
+    context, hostname = tls.client_ssl(as_section(settings)) if settings else (None, None)
+    return zeo_rs.ClientStorage(address, wait_timeout=wait_timeout, ssl=context, ssl_server_hostname=hostname)
+
+
+CLIENTS = {"zeo": zeo_client, "rust": rust_client}
+
+
+def commit_and_read(storage):
+    db = ZODB.DB(storage)
+    try:
+        with db.transaction() as connection:
+            connection.root()["data"] = b"x" * 300_000  # more than TLS and a socket hold at once
+        with db.transaction() as connection:
+            connection.cacheMinimize()
+            assert connection.root()["data"] == b"x" * 300_000
+    finally:
+        transaction.abort()
+        db.close()
+
+
+@pytest.fixture
+def serve(tmp_path):
+    servers = []
+
+    def serve(kind, **settings):
+        server = SERVERS[kind](tmp_path, **settings)
+        servers.append(server)
+        return server
+
+    yield serve
+    for server in servers:
+        server.close()
+
+
+@pytest.fixture
+def log(caplog):
+    caplog.set_level(logging.INFO, "zeo_rs")
+
+    def text():
+        _zeo.flush_logs()
+        return caplog.text
+
+    return text
+
+
+def failure(connect, *args, **kw):
+    """Why a client does not get its connection within a time that no working one needs."""
+    from zeo_rs.exceptions import ClientDisconnected
+
+    with pytest.raises(ClientDisconnected) as caught:
+        connect(*args, **kw).close()
+    return str(caught.value)
+
+
+# every pair with one of ours in it, and ZEO with ZEO, which tests the test
+PAIRS = [("zeo", "zeo"), ("zeo", "rust"), ("rust", "zeo"), ("rust", "rust")]
+pairs = pytest.mark.parametrize(("server_kind", "client_kind"), PAIRS, ids=lambda kind: kind)
+
+
+# ---- what works
+
+
+@pairs
+def test_certificates_of_the_documentation(serve, certs, server_kind, client_kind):
+    server = serve(
+        server_kind, certificate=certs.cert("server"), key=certs.key("server"), authenticate=certs.cert("client")
+    )
+    storage = CLIENTS[client_kind](
+        server.address,
+        certificate=certs.cert("client"),
+        key=certs.key("client"),
+        authenticate=certs.cert("server"),
+        server_hostname=HOST,
+    )
+    commit_and_read(storage)
+
+
+@pairs
+def test_own_ca_and_version_1_certificates(serve, certs, server_kind, client_kind):
+    server = serve(
+        server_kind, certificate=certs.cert("server-v1"), key=certs.key("server-v1"), authenticate=certs.cert("ca")
+    )
+    storage = CLIENTS[client_kind](
+        server.address,
+        certificate=certs.cert("client-v1"),
+        key=certs.key("client-v1"),
+        authenticate=certs.cert("ca"),
+        server_hostname=HOST,
+    )
+    commit_and_read(storage)
+
+
+@pairs
+def test_the_address_is_the_host_name(serve, certs, server_kind, client_kind):
+    server = serve(
+        server_kind, certificate=certs.cert("server-san"), key=certs.key("server-san"), authenticate=certs.cert("client")
+    )
+    storage = CLIENTS[client_kind](
+        server.address,
+        certificate=certs.cert("client"),
+        key=certs.key("client"),
+        authenticate=certs.cert("ca"),
+    )
+    commit_and_read(storage)
+
+
+@pairs
+def test_encrypted_keys(serve, certs, server_kind, client_kind):
+    server = serve(
+        server_kind,
+        certificate=certs.cert("server"),
+        key=certs.key("server-encrypted"),
+        password_function="passwords.secret",
+        authenticate=certs.cert("client"),
+    )
+    storage = CLIENTS[client_kind](
+        server.address,
+        certificate=certs.cert("client"),
+        key=certs.key("client-encrypted"),
+        password_function="passwords.secret",
+        authenticate=certs.cert("server"),
+        check_hostname=False,
+    )
+    commit_and_read(storage)
+
+
+@pairs
+@pytest.mark.parametrize("certificate", ["server", "serverpw"])
+def test_zeos_own_test_certificates(serve, server_kind, client_kind, certificate):
+    """Self-signed CAs used as themselves, by SHA-1, the key of one encrypted as old OpenSSL did."""
+    server = serve(
+        server_kind,
+        certificate=ZEO_TESTS / f"{certificate}.pem",
+        key=ZEO_TESTS / f"{certificate}_key.pem",
+        password_function="passwords.of_zeos_test_key",
+        authenticate=str(ZEO_TESTS / "client.pem"),
+    )
+    storage = CLIENTS[client_kind](
+        server.address,
+        certificate=ZEO_TESTS / "client.pem",
+        key=ZEO_TESTS / "client_key.pem",
+        authenticate=str(ZEO_TESTS / f"{certificate}.pem"),
+        server_hostname="zodb.org",
+    )
+    commit_and_read(storage)
+
+
+@pytest.mark.parametrize("version", ["TLSv1_2", "TLSv1_3"])
+def test_ssl_contexts_of_zeos_client(serve, certs, version):
+    server = serve(
+        "rust", certificate=certs.cert("server"), key=certs.key("server"), authenticate=certs.cert("client")
+    )
+    context = ssl.create_default_context(ssl.Purpose.SERVER_AUTH, cafile=certs.cert("server"))
+    context.load_cert_chain(certs.cert("client"), certs.key("client"))
+    context.minimum_version = context.maximum_version = getattr(ssl.TLSVersion, version)
+    storage = ZEO.client(server.address, ssl=context, ssl_server_hostname=HOST, wait_timeout=START)
+    commit_and_read(storage)
+
+
+def test_ssl_contexts_with_our_client(serve, certs):
+    server = serve(
+        "zeo", certificate=certs.cert("server"), key=certs.key("server"), authenticate=certs.cert("client")
+    )
+    context = ssl.create_default_context(ssl.Purpose.SERVER_AUTH, cafile=certs.cert("server"))
+    both = zeo_rs.TLS.from_context(context, certs.cert("client"), certs.key("client"))
+    storage = zeo_rs.ClientStorage(server.address, ssl=both, ssl_server_hostname=HOST, wait_timeout=START)
+    commit_and_read(storage)
+    # a certificate loaded into a context cannot be read back, so the server misses it, and that is said
+    context.load_cert_chain(certs.cert("client"), certs.key("client"))
+    connect = zeo_rs.ClientStorage
+    text = failure(connect, server.address, ssl=context, ssl_server_hostname=HOST, wait_timeout=5)
+    assert "require a client certificate (give certificate and key)" in text
+
+
+# ---- what does not, and what is said
+
+
+@pytest.mark.parametrize("server_kind", SERVERS)
+def test_our_client_says_what_is_wrong(serve, certs, server_kind):
+    server = serve(
+        server_kind, certificate=certs.cert("server"), key=certs.key("server"), authenticate=certs.cert("client")
+    )
+    right = {
+        "certificate": certs.cert("client"),
+        "key": certs.key("client"),
+        "authenticate": certs.cert("server"),
+        "server_hostname": HOST,
+    }
+
+    def fails(**changed):
+        return failure(rust_client, server.address, wait_timeout=5, **right | changed)
+
+    where = f"127.0.0.1:{server.address[1]}"
+    text = fails(authenticate=certs.cert("client"))
+    assert where in text and "self-signed and not in" in text and certs.cert("client") in text
+    text = fails(authenticate=certs.cert("stranger"))
+    assert "not the one of the same subject" in text and certs.cert("stranger") in text
+    text = fails(server_hostname="other.example.com")
+    assert f'is for "{HOST}", not for "other.example.com"' in text and "server-hostname" in text
+    text = fails(certificate=certs.cert("stranger"), key=certs.key("stranger"))
+    if server_kind == "rust":  # ZEO closes without the alert that would say why
+        assert "the server does not know our certificate" in text
+    assert f"'C=US, O=Example, CN={HOST}' of {certs.cert('stranger')}" in text
+    text = fails(certificate=None, key=None)
+    assert "require" in text and "a client certificate" in text
+    text = failure(rust_client, server.address, wait_timeout=8)
+    assert where in text and "TLS" in text
+
+
+@pytest.mark.parametrize("server_kind", SERVERS)
+def test_our_client_with_ssl_tells_a_plain_server(serve, certs, server_kind):
+    server = serve(server_kind)
+    text = failure(
+        rust_client,
+        server.address,
+        wait_timeout=5,
+        certificate=certs.cert("client"),
+        key=certs.key("client"),
+        authenticate=certs.cert("server"),
+    )
+    assert "does not speak TLS: give the server an <ssl> section, or connect without ssl" in text
+    commit_and_read(rust_client(server.address))
+
+
+def refused(server, log, *texts, **settings):
+    """ZEO's client does not get in; our server's log says why."""
+    with pytest.raises(ZEO.Exceptions.ClientDisconnected):
+        zeo_client(server.address, wait_timeout=1, **settings).close()
+    deadline = time.monotonic() + START
+    while not all(text in log() for text in texts):
+        assert time.monotonic() < deadline, log()[-4000:]
+        time.sleep(0.05)
+
+
+def test_our_server_says_what_is_wrong(serve, certs, log):
+    server = serve(
+        "rust", certificate=certs.cert("server"), key=certs.key("server"), authenticate=certs.cert("client")
+    )
+    right = {
+        "certificate": certs.cert("client"),
+        "key": certs.key("client"),
+        "authenticate": certs.cert("server"),
+        "server_hostname": HOST,
+    }
+    changed = {"certificate": certs.cert("stranger"), "key": certs.key("stranger")}
+    refused(server, log, f"its certificate 'C=US, O=Example, CN={HOST}' is self-signed and not in", **right | changed)
+    # ZEO's client goes without the alert that would say more
+    unknown = f"may not accept our certificate 'C=US, O=Example, CN={HOST}' of {certs.cert('server')}"
+    refused(server, log, unknown, **right | {"authenticate": certs.cert("stranger")})
+    refused(server, log, "no TLS hello", "configure it with ssl")
+    with socket.create_connection(server.address) as sock:
+        sock.sendall(b"GET / HTTP/1.0\r\n\r\n")
+        while sock.recv(100):
+            pass
+    assert "does not speak TLS" in log()
+    # ZEO's client tries again at once, and for ever: the same again is no news
+    assert log().count("is self-signed and not in") < 10
+    # nothing of this hurts the server, and a port scan is not worth a line
+    lines = log().count("\n")
+    for _ in range(20):
+        socket.create_connection(server.address).close()
+    commit_and_read(zeo_client(server.address, **right))
+    assert log().count("\n") - lines < 10
+
+
+def test_our_plain_server_says_that_the_client_speaks_tls(serve, certs, log):
+    server = serve("rust")
+    refused(
+        server,
+        log,
+        "it speaks TLS, and this server does not",
+        certificate=certs.cert("client"),
+        key=certs.key("client"),
+        authenticate=certs.cert("server"),
+    )
+    commit_and_read(zeo_client(server.address))
+
+
+# ---- changes while running
+
+
+def test_reload_and_dynamic(serve, certs, tmp_path):
+    shown = Certificates(tmp_path)
+    for name in ("cert", "key"):
+        shutil.copy(getattr(certs, name)("server"), getattr(shown, name)("shown"))
+    server = serve(
+        "rust", certificate=shown.cert("shown"), key=shown.key("shown"), authenticate="DYNAMIC"
+    )
+    right = {"certificate": certs.cert("client"), "key": certs.key("client"), "server_hostname": HOST}
+    with pytest.raises(ZEO.Exceptions.ClientDisconnected):
+        zeo_client(server.address, wait_timeout=1, authenticate=certs.cert("server"), **right)
+    server.tls.load_verify_locations(cadata=Path(certs.cert("client")).read_text())
+    commit_and_read(zeo_client(server.address, authenticate=certs.cert("server"), **right))
+    for name in ("cert", "key"):
+        shutil.copy(getattr(certs, name)("server-v1"), getattr(shown, name)("shown"))
+    server.tls.reload()
+    commit_and_read(zeo_client(server.address, authenticate=certs.cert("ca"), **right))
