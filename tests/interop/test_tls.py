@@ -329,7 +329,7 @@ def test_ssl_contexts_with_our_client(serve, certs):
     # a certificate loaded into a context cannot be read back, so the server misses it, and that is said
     context.load_cert_chain(certs.cert("client"), certs.key("client"))
     connect = zeo_rs.ClientStorage
-    text = failure(connect, server.address, ssl=context, ssl_server_hostname=HOST, wait_timeout=5)
+    text = failure(connect, server.address, ssl=context, ssl_server_hostname=HOST, wait_timeout=2)
     assert "require a client certificate (give certificate and key)" in text
 
 
@@ -349,7 +349,7 @@ def test_our_client_says_what_is_wrong(serve, certs, server_kind):
     }
 
     def fails(**changed):
-        return failure(rust_client, server.address, wait_timeout=5, **right | changed)
+        return failure(rust_client, server.address, wait_timeout=2, **right | changed)
 
     where = f"127.0.0.1:{server.address[1]}"
     text = fails(authenticate=certs.cert("client"))
@@ -364,7 +364,7 @@ def test_our_client_says_what_is_wrong(serve, certs, server_kind):
     assert f"'C=US, O=Example, CN={HOST}' of {certs.cert('stranger')}" in text
     text = fails(certificate=None, key=None)
     assert "require" in text and "a client certificate" in text
-    text = failure(rust_client, server.address, wait_timeout=8)
+    text = failure(rust_client, server.address, wait_timeout=3)
     assert where in text and "TLS" in text
 
 
@@ -374,7 +374,7 @@ def test_our_client_with_ssl_tells_a_plain_server(serve, certs, server_kind):
     text = failure(
         rust_client,
         server.address,
-        wait_timeout=5,
+        wait_timeout=2,
         certificate=certs.cert("client"),
         key=certs.key("client"),
         authenticate=certs.cert("server"),

@@ -90,10 +90,10 @@ impl Explain {
 
     pub(super) fn silent(&self, waited: Duration) -> TlsError {
         TlsError::Failed(format!(
-            "TLS with {} failed: no TLS hello in {} s. A client without TLS waits for the server to speak first: configure it \
+            "TLS with {} failed: no TLS hello in {:.0} s. A client without TLS waits for the server to speak first: configure it \
              with ssl",
             self.peer,
-            waited.as_secs()
+            waited.as_secs_f32()
         ))
     }
 

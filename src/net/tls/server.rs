@@ -25,6 +25,9 @@ const SILENCE_ALERT: [u8; 7] = [0x15, 3, 3, 0, 2, 2, 40];
 /// How long a client may take to say hello, which it does at once; one without TLS waits for the server, and is told after this.
 const HELLO: Duration = Duration::from_secs(5);
 
+/// Who hangs up within this time without a word was looking whether there is a server.
+const PROBE: Duration = Duration::from_millis(500);
+
 /// The same failure of the same host is logged once in this time, and so many different ones.
 const NEWS: Duration = Duration::from_secs(60);
 const MAX_NEWS: usize = 100;
@@ -106,10 +109,13 @@ impl ServerTls {
 
         let deadline = tokio::time::Instant::now() + within;
         let hello_within = within.min(HELLO);
+        let began = Instant::now();
         let mut hello = std::pin::pin!(LazyConfigAcceptor::new(Acceptor::default(), stream));
         let start = match tokio::time::timeout(hello_within, hello.as_mut()).await {
             Ok(Ok(start)) => start,
-            Ok(Err(error)) if is_end(&error) => return Err(TlsError::HungUp),
+            // Probes go at once; a client without TLS waits to be greeted.
+            Ok(Err(error)) if is_end(&error) && began.elapsed() < PROBE => return Err(TlsError::HungUp),
+            Ok(Err(error)) if is_end(&error) => return Err(explain.silent(began.elapsed())),
             Ok(Err(error)) => return Err(explain.io(&error)),
             Err(_) => {
                 if let Some(mut stream) = hello.take_io() {
