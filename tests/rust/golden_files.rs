@@ -2,6 +2,8 @@
 //! the same bytes. Where the engine is better on purpose, [`IMPROVEMENTS`] says so; an entry that is not needed any more
 //! fails the test.
 
+#![allow(clippy::unwrap_used, clippy::print_stdout)]
+
 use std::collections::BTreeMap;
 use std::fmt::Display;
 use std::fs;

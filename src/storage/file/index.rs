@@ -153,11 +153,16 @@ impl Index {
         size_of_val(&*self.top) + chunked + self.read().memory()
     }
 
+    /// Inserts objects of one chunk, ascending. Half a chunk or more makes it a chunk at once: no atomic operation for
+    /// each object, which is what makes loading an index file a copy.
     fn insert_group(&self, group: &[(u64, u64)]) {
         let Some(&(first, _)) = group.first() else { return };
-        if group.len() >= CHUNK_MIN && first < CHUNKED {
+        if group.len() >= CHUNK_MIN && self.slot(first).is_none() {
             let mut sparse = self.write();
-            self.make_chunk(&mut sparse, first);
+            if let Some(added) = self.make_chunk(&mut sparse, first, group) {
+                self.count.fetch_add(added, Ordering::Relaxed);
+                return;
+            }
         }
         for &(oid, pos) in group {
             self.insert(Oid(oid), pos);
@@ -177,27 +182,31 @@ impl Index {
                 sparse.split(leaf);
             }
             for first in ranges {
-                self.make_chunk(&mut sparse, first);
+                self.make_chunk(&mut sparse, first, &[]);
             }
         }
         old
     }
 
-    /// Makes the chunk of `oid` and moves its objects there. Readers find an object at every moment: it is in the
-    /// chunk before the chunk is visible, and leaves the leaves afterwards, under the lock.
-    fn make_chunk(&self, sparse: &mut Sparse, oid: u64) {
+    /// Makes the chunk of `oid`, moves its objects there and adds those of `group`; answers how many of them are new.
+    /// Readers find an object at every moment: it is in the chunk before the chunk is visible, and leaves the leaves
+    /// afterwards, under the lock. `None` if `oid` cannot have a chunk, or has one.
+    fn make_chunk(&self, sparse: &mut Sparse, oid: u64, group: &[(u64, u64)]) -> Option<u64> {
         let first = oid & !(CHUNK as u64 - 1);
-        let Some((mid, at)) = self.place(oid) else { return };
-        let chunk: Chunk = (0..CHUNK).map(|_| AtomicU64::new(0)).collect();
+        let (mid, at) = self.place(oid)?;
+        let mut chunk: Chunk = (0..CHUNK).map(|_| AtomicU64::new(0)).collect();
+        let mut set = |oid: u64, pos| {
+            let slot = chunk.get_mut((oid - first) as usize).map(AtomicU64::get_mut)?;
+            Some(std::mem::replace(slot, pos))
+        };
         sparse.visit_range(first, first + CHUNK as u64, &mut |oid, pos| {
-            if let Some(slot) = chunk.get((oid - first) as usize) {
-                slot.store(pos, Ordering::Relaxed);
-            }
+            set(oid, pos);
         });
+        let added = group.iter().filter(|&&(oid, pos)| set(oid, pos) == Some(0)).count();
         let mid = mid.get_or_init(|| (0..CHUNK).map(|_| OnceLock::new()).collect());
-        if mid.get(at).is_some_and(|cell| cell.set(chunk).is_ok()) {
-            sparse.remove_range(first, first + CHUNK as u64);
-        }
+        mid.get(at)?.set(chunk).ok()?;
+        sparse.remove_range(first, first + CHUNK as u64);
+        Some(added as u64)
     }
 
     fn place(&self, oid: u64) -> Option<(&OnceLock<Mid>, usize)> {

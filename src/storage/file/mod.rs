@@ -19,6 +19,7 @@
 pub mod check;
 mod commit;
 pub mod dump;
+#[allow(clippy::module_inception)]
 pub mod file;
 pub mod format;
 pub mod index;
@@ -218,10 +219,11 @@ impl FileStorage {
         }
         let snapshot = self.snapshot();
         let end = snapshot.end();
-        if self.space.is_reserved_beyond(end) && self.failed.get().is_none() {
-            if let Err(e) = snapshot.file.set_len(end) {
-                tracing::warn!("cannot give back reserved space: {e}");
-            }
+        if self.space.is_reserved_beyond(end)
+            && self.failed.get().is_none()
+            && let Err(e) = snapshot.file.set_len(end)
+        {
+            tracing::warn!("cannot give back reserved space: {e}");
         }
         for result in [self.save_index(), lock(&self.oids).close()] {
             if let Err(e) = result {

@@ -26,6 +26,9 @@ pub(crate) struct Model {
     records: usize,
 }
 
+/// A record that an undo writes: the data, and the record they are of.
+type Copied = (Oid, Option<Bytes>, Option<usize>);
+
 /// What one transaction does to one object.
 #[derive(Clone, Debug)]
 pub(crate) enum Write {
@@ -127,7 +130,7 @@ impl Model {
     }
 
     /// What undoing a transaction writes, or nothing if it must be refused.
-    fn undone(&self, index: usize) -> Option<Vec<(Oid, Option<Bytes>, Option<usize>)>> {
+    fn undone(&self, index: usize) -> Option<Vec<Copied>> {
         let (tid, oids) = &self.transactions[index];
         let mut writes = Vec::new();
         for oid in oids {
