@@ -105,7 +105,7 @@ impl Snapshot {
         header: &TxnHeader,
         visit: &mut dyn FnMut(u64, &DataHeader) -> Result<()>,
     ) -> Result<()> {
-        let tend = pos + header.tlen;
+        let tend = self.txn_end(pos, header, self.end())? - 8;
         let mut reader = Reader::new(&*self.file, SMALL_READ.min(header.tlen as usize + 8));
         let mut at = pos + header.full_len();
         while at < tend {

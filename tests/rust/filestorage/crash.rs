@@ -17,7 +17,7 @@ const EIO: i32 = 5;
 const ENOSPC: i32 = 28;
 
 /// A directory in memory where there is one: the indexes saved by thousands of openings need no real syncs.
-fn scratch() -> tempfile::TempDir {
+pub(crate) fn scratch() -> tempfile::TempDir {
     tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap()
 }
 

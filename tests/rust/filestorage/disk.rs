@@ -46,6 +46,11 @@ impl Disk {
         self.0.lock().unwrap().content.clone()
     }
 
+    /// Changes the bytes behind the engine's back.
+    pub(crate) fn put(&self, content: Vec<u8>) {
+        self.0.lock().unwrap().content = content;
+    }
+
     pub(crate) fn events(&self) -> Vec<Event> {
         self.0.lock().unwrap().events.clone()
     }

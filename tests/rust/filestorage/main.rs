@@ -1,9 +1,11 @@
 //! The FileStorage engine against a model of what it should hold ([`model`]), through crashes at every write and sync
-//! ([`crash`]), and beside the files around Data.fs ([`files`]).
+//! ([`crash`]), with damaged bytes ([`damage`]), and the
+//! files around Data.fs ([`files`]).
 
 #![allow(clippy::unwrap_used, clippy::print_stdout)]
 
 mod crash;
+mod damage;
 mod disk;
 mod files;
 mod model;
