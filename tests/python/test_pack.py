@@ -12,6 +12,7 @@ import transaction
 import ZODB
 from BTrees.OOBTree import OOBTree
 from persistent.mapping import PersistentMapping
+from zc.zlibstorage import ZlibStorage
 from ZODB.blob import Blob
 from ZODB.FileStorage import FileStorage as ZodbFileStorage
 from ZODB.scripts import fsrefs, fstest
@@ -193,3 +194,59 @@ def test_it_can_be_cancelled(tmp_path):
         storage.pack(half, referencesf, progress=lambda at: at["phase"] != "copy")
     storage.close()
     assert not os.path.exists(path + ".pack")
+
+
+NO_ROOM = """
+import os, resource, signal, sys
+from ZODB.serialize import referencesf
+from zeo_rs import FileStorage
+
+path, share = sys.argv[1], float(sys.argv[2])
+before = open(path, "rb").read()
+storage = FileStorage(path)
+storage.pack(1000, referencesf)  # nothing to be done: whatever is needed is imported now
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(len(before) * share), unlimited[1]))
+try:
+    storage.pack(10**10, referencesf)
+except OSError as error:
+    print(error)
+else:
+    sys.exit("it was packed")
+resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+assert open(path, "rb").read() == before
+assert not os.path.exists(path + ".pack")
+storage.pack(10**10, referencesf)
+assert os.path.getsize(path) < len(before)
+storage.close()
+"""
+
+
+@pytest.mark.parametrize("share", [0.0001, 0.05, 0.1])
+def test_a_disk_without_room_costs_nothing(tmp_path, caplog, capsys, share):
+    path = str(tmp_path / "Data.fs")
+    fill(FileStorage(path), 5)
+    expected = content(FileStorage(path))
+    packed = subprocess.run([sys.executable, "-c", NO_ROOM, path, str(share)], timeout=60, capture_output=True, text=True)
+    assert packed.returncode == 0, packed.stderr
+    assert "Data.fs.pack; the storage is as it was" in packed.stdout
+    assert content(ZodbFileStorage(path)) == expected
+    assert_sound(path, caplog, capsys)
+
+
+@pytest.mark.parametrize("gc", [True, False])
+def test_compressed_records(tmp_path, gc):
+    path = str(tmp_path / "Data.fs")
+    storage = ZlibStorage(FileStorage(path))
+    half = fill(storage, 6)
+    expected = content(ZlibStorage(FileStorage(path)))
+    # through the wrapper, whose references are found in Python, and without it
+    for wrap in ZlibStorage, lambda storage: storage:
+        storage = wrap(FileStorage(path))
+        storage.pack(half, referencesf, gc=gc)
+        size = os.path.getsize(path)
+        storage.close()
+        assert content(ZlibStorage(FileStorage(path))) == expected
+    assert os.path.getsize(path) == size
+    assert content(ZlibStorage(ZodbFileStorage(path))) == expected
