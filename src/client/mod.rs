@@ -273,9 +273,11 @@ impl Client {
         }
     }
 
-    /// The cache's answer.
+    /// The cache's answer. Not yet for a revision newer than the last tid, which it has while its `tpc_finish` runs the
+    /// callback: who has seen a revision must not be told an older last tid. The server's answer comes after.
     pub fn load_cached(&self, oid: Oid, before: Tid) -> Option<Loaded> {
-        self.core.cache.load_before(oid, before)
+        let loaded = self.core.cache.load_before(oid, before)?;
+        (loaded.tid <= self.core.last_tid_now()).then_some(loaded)
     }
 
     /// Asks the server.

@@ -43,6 +43,7 @@ impl Globals {
                     | b"bytearray"
                     | b"complex"
                     | b"object"
+                    | b"dict"
                     | b"slice"
                     | b"range"
             ),

@@ -644,13 +644,17 @@ fn no_version(version: &Bound<'_, PyAny>) -> PyResult<()> {
     if version.is_truthy()? { Err(PyTypeError::new_err("versions are not supported")) } else { Ok(()) }
 }
 
-/// The extension as a dict: from `extension_bytes`, so that its classes stay data, else from `extension`.
+/// The extension as a dict: from `extension_bytes`, so that its classes stay data, else from `extension`. The latter also
+/// if it was stored as something else than a dict: by a subclass that pickles itself in its own way.
 fn extension_of(transaction: &Bound<'_, PyAny>) -> PyResult<Value> {
     if let Ok(stored) = transaction.getattr("extension_bytes")
         && let Ok(stored) = stored.cast::<PyBytes>()
     {
-        return pickle::decode_extension(stored.as_bytes())
-            .map_err(|problem| PyValueError::new_err(format!("the transaction's extension: {problem}")));
+        let decoded = pickle::decode_extension(stored.as_bytes())
+            .map_err(|problem| PyValueError::new_err(format!("the transaction's extension: {problem}")))?;
+        if matches!(decoded, Value::Dict(_)) {
+            return Ok(decoded);
+        }
     }
     match transaction.getattr("extension").or_else(|_| transaction.getattr("_extension")) {
         Ok(extension) => from_python(&extension),

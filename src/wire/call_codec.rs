@@ -91,17 +91,15 @@ impl<'a> Args<'a> {
             },
             "storea" => Call::Storea {
                 oid: self.oid()?,
-                serial: self.tid("serial")?,
+                serial: self.serial()?,
                 data: self.bytes("data")?,
                 txn: self.value("id")?,
             },
-            "checkCurrentSerialInTransaction" => Call::CheckCurrentSerial {
-                oid: self.oid()?,
-                serial: self.tid("serial")?,
-                txn: self.value("id")?,
-            },
+            "checkCurrentSerialInTransaction" => {
+                Call::CheckCurrentSerial { oid: self.oid()?, serial: self.serial()?, txn: self.value("id")? }
+            }
             "deleteObject" => {
-                Call::DeleteObject { oid: self.oid()?, serial: self.tid("serial")?, txn: self.value("id")? }
+                Call::DeleteObject { oid: self.oid()?, serial: self.serial()?, txn: self.value("id")? }
             }
             "restorea" => Call::Restorea {
                 oid: self.oid()?,
@@ -115,13 +113,13 @@ impl<'a> Args<'a> {
             "storeBlobChunk" => Call::StoreBlobChunk { chunk: self.bytes("chunk")? },
             "storeBlobEnd" => Call::StoreBlobEnd {
                 oid: self.oid()?,
-                serial: self.tid("serial")?,
+                serial: self.serial()?,
                 data: self.bytes("data")?,
                 txn: self.value("id")?,
             },
             "storeBlobShared" => Call::StoreBlobShared {
                 oid: self.oid()?,
-                serial: self.tid("serial")?,
+                serial: self.serial()?,
                 data: self.bytes("data")?,
                 filename: self.text("filename")?,
                 txn: self.value("id")?,
@@ -215,6 +213,13 @@ impl<'a> Args<'a> {
         self.to_tid(name, value)
     }
 
+    /// The serial a change was made from. Clients pass on what an application gave for a new object (`None`, text):
+    /// what is not eight bytes is the serial of no revision.
+    fn serial(&mut self) -> Result<Tid, BadCall> {
+        let given = self.next("serial")?.as_bytes();
+        Ok(given.and_then(|bytes| Tid::from_slice(bytes)).unwrap_or(Tid::ZERO))
+    }
+
     fn bytes(&mut self, name: &'static str) -> Result<Bytes, BadCall> {
         let value = self.next(name)?;
         self.to_bytes(name, value)
@@ -282,11 +287,20 @@ impl<'a> Args<'a> {
         self.truth(name).unwrap_or(default)
     }
 
-    /// A dict; `None` counts as an empty one.
+    /// A dict, also one of a class that pickles itself as `dict(pairs)`; `None` counts as an empty one.
     fn extension(&mut self) -> Result<Value, BadCall> {
-        match self.next("ext")? {
+        let value = self.next("ext")?;
+        match value {
             Value::None => Ok(Value::Dict(Vec::new())),
-            dict @ Value::Dict(_) => Ok(dict.clone()),
+            Value::Dict(_) => Ok(value.clone()),
+            Value::Call { args, state: None, .. } => match args.as_items() {
+                Some([dict @ Value::Dict(_)]) => Ok(dict.clone()),
+                Some([pairs]) => {
+                    let pairs = pairs.as_items().and_then(|pairs| pairs.iter().map(pair).collect());
+                    pairs.map(Value::Dict).ok_or_else(|| self.wrong("ext", "a dict", value))
+                }
+                _ => Err(self.wrong("ext", "a dict", value)),
+            },
             other => Err(self.wrong("ext", "a dict", other)),
         }
     }
@@ -303,6 +317,13 @@ impl<'a> Args<'a> {
             [status] if status.is_ascii() => Ok(*status),
             _ => Err(self.wrong("status", "one character", value)),
         }
+    }
+}
+
+fn pair(value: &Value) -> Option<(Value, Value)> {
+    match value.as_items()? {
+        [key, value] => Some((key.clone(), value.clone())),
+        _ => None,
     }
 }
 
@@ -448,5 +469,48 @@ fn emit_args(call: &Call, e: &mut Emitter<'_>) -> Result<(), WireError> {
         }
         Call::IteratorGc { iids } => e.list(iids, |e, iid| e.int(*iid)),
         Call::SetClientLabel { label } => e.str(label),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parsed(name: &str, args: Vec<Value>) -> Result<Call, BadCall> {
+        parse(name, &args)
+    }
+
+    fn bytes(of: &'static [u8]) -> Value {
+        Value::Bytes(Bytes::from_static(of))
+    }
+
+    #[test]
+    fn the_serial_of_a_new_object_may_be_anything() {
+        let text = Value::Str("\0\0\0\0\0\0\0\0".into());
+        for serial in [Value::None, text, bytes(b""), bytes(b"\0\0\0\0\0\0\0\0")] {
+            let args = vec![bytes(b"\0\0\0\0\0\0\0\x05"), serial, bytes(b"data"), Value::Int(7)];
+            let Ok(Call::Storea { serial, .. }) = parsed("storea", args) else { panic!("not taken") };
+            assert_eq!(serial, Tid::ZERO);
+        }
+    }
+
+    #[test]
+    fn an_extension_may_be_a_dict_that_pickles_itself_as_a_call() {
+        let pair = Value::Tuple(vec![Value::Str("foo".into()), Value::Int(1)]);
+        let begin = |extension| {
+            let args = vec![Value::Int(7), bytes(b""), bytes(b""), extension];
+            match parsed("tpc_begin", args) {
+                Ok(Call::TpcBegin { extension, .. }) => Some(extension),
+                _ => None,
+            }
+        };
+        let wanted = Value::Dict(vec![(Value::Str("foo".into()), Value::Int(1))]);
+        assert_eq!(
+            begin(Value::builtin_call("dict", Value::Tuple(vec![pair.clone()]))),
+            Some(wanted.clone())
+        );
+        assert_eq!(begin(Value::builtin_call("dict", wanted.clone())), Some(wanted));
+        assert_eq!(begin(Value::builtin_call("dict", pair)), None);
+        assert_eq!(begin(Value::Int(1)), None);
     }
 }
