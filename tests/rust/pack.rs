@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -255,7 +256,9 @@ fn garbage_goes_and_history_goes() {
     f.pack(after(1), true).unwrap();
     f.pack(after(0), true).unwrap();
     assert_eq!(inode(&f), packed);
+    fs::set_permissions(f.path(""), fs::Permissions::from_mode(0o600)).unwrap();
     f.pack(after(2), true).unwrap();
+    assert_eq!(fs::metadata(f.path("")).unwrap().permissions().mode() & 0o777, 0o600);
     assert_ne!(inode(&f), packed);
 }
 

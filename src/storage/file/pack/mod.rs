@@ -18,7 +18,10 @@ mod mark;
 mod output;
 mod switch;
 
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 use std::sync::{Arc, TryLockError};
 
 use self::blobs::{Removals, remove_listed};
@@ -228,7 +231,24 @@ impl FileStorage {
         let file = options.read(true).write(true).create(true).truncate(true).open(&files.packed);
         let file =
             file.map_err(|e| StorageError::io(format!("cannot create {}", files.packed.display()), e))?;
+        if let Err(e) = same_access(&file, &files.data) {
+            tracing::warn!("{} does not get the owner and mode of the old file: {e}", files.packed.display());
+        }
         Ok(Arc::new(OsFile(file)))
+    }
+}
+
+/// Who could not read the old file shall not read the packed one.
+fn same_access(packed: &File, data: &Path) -> io::Result<()> {
+    let old = data.metadata()?;
+    if !packed.metadata()?.is_file() {
+        return Ok(());
+    }
+    packed.set_permissions(old.permissions())?;
+    match std::os::unix::fs::fchown(packed, Some(old.uid()), Some(old.gid())) {
+        // Only the administrator may give files away; that the owner changes is as with any file written anew.
+        Err(e) if e.kind() == io::ErrorKind::PermissionDenied => Ok(()),
+        result => result,
     }
 }
 
