@@ -456,3 +456,81 @@ def test_reload_and_dynamic(serve, certs, tmp_path):
         shutil.copy(getattr(certs, name)("server-v1"), getattr(shown, name)("shown"))
     server.tls.reload()
     commit_and_read(zeo_client(server.address, authenticate=certs.cert("ca"), **right))
+
+
+# ---- the whole way: runzeo and ZConfig
+
+
+def start_runzeo(directory, port, **settings):
+    config = directory / "zeo.conf"
+    config.write_text(
+        f"<zeo>\n  address 127.0.0.1:{port}\n{section(settings)}\n</zeo>\n<mappingstorage>\n</mappingstorage>\n"
+    )
+    command = [sys.executable, "-m", "zeo_rs.runzeo", "-C", str(config)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    return subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    )
+
+
+def configured(address, **settings):
+    """`<clientstorage>` of ours."""
+    host, port = address
+    text = f"%import zeo_rs\n<clientstorage>\n  server {host}:{port}\n  wait-timeout {START}\n{section(settings)}\n</clientstorage>"
+    return ZODB.config.storageFromString(text)
+
+
+def test_runzeo_and_zconfig_and_sighup(certs, tmp_path):
+    shown = Certificates(tmp_path)
+    for name in ("cert", "key"):
+        shutil.copy(getattr(certs, name)("server"), getattr(shown, name)("shown"))
+    address = ("127.0.0.1", free_port())
+    process = start_runzeo(
+        tmp_path,
+        address[1],
+        certificate=shown.cert("shown"),
+        key=shown.key("shown"),
+        password_function="passwords.secret",
+        authenticate=certs.cert("client"),
+    )
+    try:
+        right = {"certificate": certs.cert("client"), "key": certs.key("client"), "server_hostname": HOST}
+        commit_and_read(configured(address, authenticate=certs.cert("server"), **right))
+        commit_and_read(zeo_client(address, authenticate=certs.cert("server"), **right))
+        # a key that does not fit changes nothing
+        shutil.copy(certs.cert("server-v1"), shown.cert("shown"))
+        process.send_signal(signal.SIGHUP)
+        lines = []
+        while not any("stay as they were" in line for line in lines):
+            lines.append(process.stdout.readline())
+            assert lines[-1], lines
+        assert shown.key("shown") in lines[-1]
+        commit_and_read(configured(address, authenticate=certs.cert("server"), **right))
+        shutil.copy(certs.key("server-v1"), shown.key("shown"))
+        process.send_signal(signal.SIGHUP)
+        while "read again" not in (line := process.stdout.readline()):
+            assert line
+        commit_and_read(configured(address, authenticate=certs.cert("ca"), **right))
+    finally:
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=START)
+    assert process.returncode == 0, output
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ({"certificate": "server", "key": "client"}, "is not that of the certificate"),
+        ({"certificate": "server", "key": "server-encrypted"}, "is encrypted"),
+        ({"certificate": "server", "key": "server", "authenticate": "-"}, "authenticate - does not work"),
+        ({"certificate": "server", "key": "server", "authenticate": "SIGNED"}, "authenticate SIGNED does not work"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_runzeo_says_what_is_wrong_with_its_section(certs, tmp_path, settings, why):
+    given = {"authenticate": certs.cert("client")} | settings
+    given |= {"certificate": certs.cert(settings["certificate"]), "key": certs.key(settings["key"])}
+    process = start_runzeo(tmp_path, free_port(), **given)
+    output, _ = process.communicate(timeout=START)
+    assert process.returncode != 0
+    assert why in output and "Traceback" not in output, output

@@ -363,6 +363,8 @@ fn server_hostname_and_check_hostname() {
     assert_accepted(run_to(server_options("server", "client"), client, "127.0.0.1"));
     let client = ClientTlsOptions { check_hostname: false, ..client_options("client", "server") };
     assert_accepted(run_to(server_options("server", "client"), client.clone(), "127.0.0.1"));
+    // Not even a name.
+    assert_accepted(run_to(server_options("server", "client"), client.clone(), "zeo server"));
     // Unix sockets have no host.
     let server = Arc::new(ServerTls::new(server_options("server", "client")).unwrap());
     assert_accepted(block_on(handshake(server, &ClientTls::new(client).unwrap(), None)));

@@ -74,9 +74,10 @@ impl ClientTls {
     pub fn session(&self, host: Option<&str>, peer: &str) -> Result<ClientSession, TlsError> {
         let options = &self.options;
         let name = match options.server_hostname.as_deref().or(host) {
-            Some(host) => Some(parse_host(host)?),
+            Some(host) if options.check_hostname => Some(parse_host(host)?),
             None if options.check_hostname => return Err(TlsError::NoHostName),
-            None => None,
+            // Only for SNI.
+            other => other.and_then(|host| parse_host(host).ok()),
         };
         let identity = self.identity.read().unwrap_or_else(PoisonError::into_inner).clone();
         let provider = provider();

@@ -383,3 +383,72 @@ fn is_hash_name(name: &str) -> bool {
         && !number.is_empty()
         && number.chars().all(|c| c.is_ascii_digit())
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn fixture(name: &str) -> Vec<pem::Pem> {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/tls").join(name);
+        PemFile::read(&path, "fixture").unwrap().blocks
+    }
+
+    /// A certificate or list whose bytes are changed at random parses or does not, and is never trusted for it.
+    fn damaged() -> impl Strategy<Value = (usize, Vec<(prop::sample::Index, u8)>, Option<prop::sample::Index>)>
+    {
+        let changes = prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..4);
+        (0..6_usize, changes, prop::option::of(any::<prop::sample::Index>()))
+    }
+
+    proptest! {
+        #[test]
+        fn damaged_certificates_are_never_trusted((which, changes, cut) in damaged()) {
+            let files = ["leaf.pem", "leaf-v1.pem", "san.pem", "server.pem", "revoked.pem", "ca.crl"];
+            let whole = fixture(files[which])[0].contents().to_vec();
+            let mut der = whole.clone();
+            for (at, byte) in changes {
+                let at = at.index(der.len());
+                der[at] = byte;
+            }
+            if let Some(cut) = cut {
+                der.truncate(cut.index(der.len()));
+            }
+            prop_assume!(der != whole);
+            let mut store = TrustStore::empty("test");
+            for file in ["ca.pem", "ca.crl"] {
+                let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/tls").join(file);
+                store.add_pem(&PemFile::read(&path, "fixture").unwrap()).unwrap();
+            }
+            let algorithms = rustls::crypto::ring::default_provider().signature_verification_algorithms;
+            if let Ok(crl) = Crl::parse(&der) {
+                let ca = &store.trusted[0].spki;
+                prop_assert!(!crl.signed.verifies(ca, &algorithms));
+            }
+            if let Ok(peer) = Certificate::parse(&CertificateDer::from(der)) {
+                let checked = store.check(&peer, &[], Usage::Server, UnixTime::now(), &algorithms);
+                prop_assert!(checked.is_err());
+            }
+        }
+    }
+
+    #[test]
+    fn hashed_names() {
+        for name in ["0123abcd.0", "ffffffff.12", "0123abcd.r0"] {
+            assert!(is_hash_name(name), "{name}");
+        }
+        for name in [
+            "0123abcd",
+            "0123abcd.",
+            "0123abcd.r",
+            "0123abcd.pem",
+            "0123ABCD.0",
+            "123abcd.0",
+            "server.pem",
+            "0123abcd.0~",
+        ] {
+            assert!(!is_hash_name(name), "{name}");
+        }
+    }
+}
