@@ -182,6 +182,7 @@ def load_server(source, overrides=()):
     for name in ("invalidation_age", "transaction_timeout"):
         if getattr(zeo, name) is not None:
             settings.options[name] = getattr(zeo, name)
+    settings.options["http"] = zeo.http_address
     if zeo.ssl is not None:
         try:
             settings.tls = server_ssl(zeo.ssl)

@@ -19,6 +19,7 @@ def arguments(parser):
     add("-X", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="overrides the configuration file")
     add("--test", action="store_true", help="start, then exit at once")
     add("--blob-dir", metavar="DIRECTORY", help="blob directory of the (only) --filename")
+    add("--http", metavar="ADDRESS", help="answer operators over HTTP there: metrics, health, a status page")
     add("--json-log", action="store_true", help="log lines as JSON, without an <eventlog>")
     add("--ready-fd", type=int, metavar="FD", help="write the addresses there, one a line, when clients can connect")
 
@@ -49,6 +50,11 @@ def settings_of(args):
         raise ConfigurationError("no address to listen on: give -a ADDRESS or -C FILE")
     if not settings.storages:
         raise ConfigurationError("no storage to serve: give -f DATA.FS or -C FILE")
+    if args.http:
+        try:
+            settings.options["http"] = address_of(args.http)
+        except ValueError as error:
+            raise ConfigurationError(str(error)) from error
     if args.timeout is not None:
         settings.options["transaction_timeout"] = args.timeout
     if args.pid_file:
