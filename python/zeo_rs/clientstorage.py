@@ -114,6 +114,7 @@ class ClientStorage(ConflictResolvingStorage, _zeo.ClientStorageBase):
         self._db = None
         self._server_addr = None
         self._resolved_server_addr = None
+        self._connection_generation = 0
         self.protocol_version = None
         self._iterators = weakref.WeakSet()
         self._watchers = ()
@@ -203,6 +204,7 @@ class ClientStorage(ConflictResolvingStorage, _zeo.ClientStorageBase):
         self._server_addr = host if port is None else (host, port)
         self._resolved_server_addr = None
         self.protocol_version = protocol.encode()
+        self._connection_generation += 1
         for interface in self._info("interfaces") or ():
             known = OPTIONAL_INTERFACES.get(tuple(interface))
             if known is not None and not known.providedBy(self):
@@ -213,6 +215,7 @@ class ClientStorage(ConflictResolvingStorage, _zeo.ClientStorageBase):
         self.notify_connected()
 
     def _disconnected(self):
+        self._connection_generation += 1
         self.notify_disconnected()
 
     def _stale_cache(self):

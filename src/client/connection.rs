@@ -79,6 +79,24 @@ enum Reader {
     Parked,
 }
 
+/// How a caller's reading ended.
+#[derive(PartialEq)]
+enum Lead {
+    Done,
+    /// The next message is for the background thread.
+    Parked,
+    /// By a signal.
+    Interrupted,
+}
+
+#[derive(PartialEq)]
+enum Filled {
+    Some,
+    /// Nothing there now, or the connection is over.
+    Nothing,
+    Interrupted,
+}
+
 enum Pending {
     Call(Arc<Slot>),
     Finish(Arc<Slot>, Box<Finish>),
@@ -117,7 +135,7 @@ impl Connection {
         let id = self.next_id();
         self.expect(id, Pending::Call(slot.clone()))?;
         self.send(&MessageId::Seq(id), false, call)?;
-        match self.wait(&slot)? {
+        match self.wait(&slot, true)? {
             Answer::Value(value) => Ok(value),
             Answer::Loaded(_) => Err(wrong_answer("a call")),
         }
@@ -129,7 +147,7 @@ impl Connection {
         let id = self.next_id();
         self.expect(id, Pending::Finish(slot.clone(), Box::new(finish)))?;
         self.send(&MessageId::Seq(id), false, call)?;
-        match self.wait(&slot)? {
+        match self.wait(&slot, false)? {
             Answer::Value(value) => Ok(value),
             Answer::Loaded(_) => Err(wrong_answer("tpc_finish")),
         }
@@ -157,7 +175,7 @@ impl Connection {
         if first {
             self.send(&MessageId::Load { oid, before }, false, &Call::LoadBefore { oid, before })?;
         }
-        match self.wait(&slot)? {
+        match self.wait(&slot, true)? {
             Answer::Loaded(loaded) => Ok(loaded),
             Answer::Value(_) => Err(wrong_answer("loadBefore")),
         }
@@ -283,7 +301,8 @@ impl Connection {
 
     // ---- waiting and reading
 
-    fn wait(&self, slot: &Arc<Slot>) -> Result<Answer> {
+    /// Until there is an answer, or the caller is to give up; the answer is then applied without it.
+    fn wait(&self, slot: &Arc<Slot>, may_give_up: bool) -> Result<Answer> {
         loop {
             if let Some(answer) = slot.take() {
                 return answer;
@@ -310,25 +329,35 @@ impl Connection {
                     false
                 }
             };
-            if lead {
+            let interrupted = if lead {
                 self.activity.fetch_add(1, Ordering::Relaxed);
                 let mut role = Role { connection: self, parked: false };
-                role.parked = self.read_for(slot);
+                let end = self.read_for(slot);
+                role.parked = end == Lead::Parked;
+                end == Lead::Interrupted
             } else {
-                slot.sleep();
+                slot.sleep()
+            };
+            if interrupted && may_give_up && !slot.is_done() {
+                self.core.check_interrupt()?;
             }
         }
     }
 
-    /// Reads until `slot` is done. True: a message for the background thread is next.
-    fn read_for(&self, slot: &Slot) -> bool {
+    /// Reads until `slot` is done, or somebody else has to go on.
+    fn read_for(&self, slot: &Slot) -> Lead {
         let mut inbox = self.inbox();
         loop {
             if self.apply_ready(&mut inbox, false) {
-                return true;
+                return Lead::Parked;
             }
-            if slot.is_done() || self.is_dead() || !self.fill(&mut inbox, false) {
-                return false;
+            if slot.is_done() || self.is_dead() {
+                return Lead::Done;
+            }
+            match self.fill(&mut inbox, false) {
+                Filled::Some => {}
+                Filled::Interrupted => return Lead::Interrupted,
+                Filled::Nothing => return Lead::Done,
             }
         }
     }
@@ -346,7 +375,7 @@ impl Connection {
         let mut inbox = self.inbox();
         while !self.is_dead() {
             self.apply_ready(&mut inbox, true);
-            if !self.fill(&mut inbox, true) {
+            if self.fill(&mut inbox, true) == Filled::Nothing {
                 break;
             }
         }
@@ -390,19 +419,19 @@ impl Connection {
         false
     }
 
-    /// Reads what the socket has. False: nothing there (only with `now`), or the connection is over.
-    fn fill(&self, inbox: &mut Inbox, now: bool) -> bool {
+    /// Reads what the socket has.
+    fn fill(&self, inbox: &mut Inbox, now: bool) -> Filled {
         match inbox.fill(&self.stream, now) {
-            Ok(true) => true,
+            Ok(true) => Filled::Some,
             Ok(false) => {
                 self.fail(ClientError::disconnected("the server closed the connection"));
-                false
+                Filled::Nothing
             }
-            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => false,
-            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => true,
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => Filled::Nothing,
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => Filled::Interrupted,
             Err(error) => {
                 self.fail(ClientError::disconnected(format!("the connection was lost: {error}")));
-                false
+                Filled::Nothing
             }
         }
     }

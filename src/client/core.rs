@@ -6,7 +6,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use super::blob::Downloads;
-use super::error::{ClientError, Result};
+use super::error::{CallbackError, ClientError, Result};
 use super::transaction::Finish;
 use crate::cache::Cache;
 use crate::ids::{Oid, Tid};
@@ -28,6 +28,10 @@ pub trait DatabaseCallbacks: Send + Sync {
     fn disconnected(&self);
     /// The cache missed too much and is about to be dropped; it is still full.
     fn stale_cache(&self);
+    /// Asked now and then by a caller that waits, on its own thread: whether it is to give up (Ctrl-C).
+    fn interrupted(&self) -> Result<(), CallbackError> {
+        Ok(())
+    }
 }
 
 /// A connection as its owner sees it.
@@ -41,7 +45,7 @@ pub struct Session {
     pub generation: u64,
 }
 
-/// `lastTransaction()` waits at most so long for a verification to end.
+/// `lastTransaction()` waits at most so long for a callback that belongs to the next tid.
 const GATE: Duration = Duration::from_secs(5);
 
 pub(super) struct Core {
@@ -49,7 +53,7 @@ pub(super) struct Core {
     pub(super) callbacks: Arc<dyn DatabaseCallbacks>,
     pub(super) downloads: Downloads,
     last_tid: AtomicU64,
-    /// True while the last tid jumps at a reconnect.
+    /// True while the last tid is about to move together with something else.
     gate: AtomicBool,
     gate_lock: Mutex<()>,
     gate_opened: Condvar,
@@ -75,7 +79,7 @@ impl Core {
         }
     }
 
-    /// One atomic read, unless the client is between two connections.
+    /// One atomic read, unless the tid is just about to move (own commit, reconnect).
     pub(super) fn last_tid(&self) -> Tid {
         if self.gate.load(Ordering::Acquire) {
             self.wait_for_gate();
@@ -129,6 +133,7 @@ impl Core {
                 problem: "no tid: the server does not know the transaction".into(),
             });
         };
+        let _gate = Gate::close(self);
         finish.store_in(&self.cache, tid);
         in_callback(|| (finish.callback)(tid)).map_err(|error| ClientError::Callback(Arc::new(error)))?;
         self.advance(tid);
@@ -142,16 +147,18 @@ impl Core {
     /// nothing stale: reads of the last tid wait, the database forgets everything, learns `tid`, and forgets again
     /// what was loaded in between.
     pub(super) fn jump(&self, tid: Tid, oids: &[Oid]) {
-        self.gate.store(true, Ordering::Release);
+        let _gate = Gate::close(self);
         in_callback(|| {
             self.callbacks.invalidate_cache();
             self.callbacks.invalidate(tid, oids);
             self.callbacks.invalidate_cache();
         });
         self.advance(tid);
-        self.gate.store(false, Ordering::Release);
-        drop(self.gate_lock.lock());
-        self.gate_opened.notify_all();
+    }
+
+    /// An error if the waiting caller is to give up.
+    pub(super) fn check_interrupt(&self) -> Result<()> {
+        self.callbacks.interrupted().map_err(|error| ClientError::Callback(Arc::new(error)))
     }
 
     fn wait_for_gate(&self) {
@@ -174,6 +181,24 @@ impl Core {
                 None => info.push((key, value)),
             }
         }
+    }
+}
+
+/// While it lives, reads of the last tid wait.
+struct Gate<'a>(&'a Core);
+
+impl<'a> Gate<'a> {
+    fn close(core: &'a Core) -> Self {
+        core.gate.store(true, Ordering::Release);
+        Self(core)
+    }
+}
+
+impl Drop for Gate<'_> {
+    fn drop(&mut self) {
+        self.0.gate.store(false, Ordering::Release);
+        drop(self.0.gate_lock.lock());
+        self.0.gate_opened.notify_all();
     }
 }
 

@@ -30,8 +30,8 @@ pub enum ClientError {
     /// A call that waits for the server, from inside a callback that the answer has to wait for.
     #[error("{0} must not be called from a callback of the storage: the answer would wait for that callback")]
     InCallback(&'static str),
-    /// What a callback of `tpc_finish` raised.
-    #[error("the callback of tpc_finish failed: {0}")]
+    /// What a callback raised: that of `tpc_finish`, or an interrupt of the waiting caller.
+    #[error("{0}")]
     Callback(Arc<CallbackError>),
     #[error(
         "this storage was opened by process {0}, before a fork; open a ClientStorage of its own in every process"

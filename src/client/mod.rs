@@ -52,6 +52,8 @@ pub use transaction::FinishCallback;
 
 /// How long `close` waits for the background thread.
 const CLOSE: Duration = Duration::from_secs(1);
+/// How often a waiting caller looks whether it is to give up.
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
 /// Reads are repeated so often when the connection breaks under them.
 const REPEATS: usize = 3;
 
@@ -97,16 +99,32 @@ impl Client {
     /// # Errors
     /// [`ClientError::Io`] if there is no thread or socket to be had.
     pub fn open(options: Options, callbacks: Arc<dyn DatabaseCallbacks>) -> Result<Arc<Self>> {
+        Self::start(options, callbacks, Tid::ZERO, false)
+    }
+
+    /// After a fork, in the child: a client like this one, with a connection, a thread and a cache of its own, that goes
+    /// on from the same last tid. Touches nothing of the parent's but what never changes: its locks may be held by
+    /// threads that this process does not have.
+    pub fn reopen(&self) -> Result<Arc<Self>> {
+        Self::start(self.options.clone(), self.core.callbacks.clone(), self.core.last_tid_now(), true)
+    }
+
+    fn start(
+        options: Options,
+        callbacks: Arc<dyn DatabaseCallbacks>,
+        last_tid: Tid,
+        was_ready: bool,
+    ) -> Result<Arc<Self>> {
         let wake = Wake::new().map_err(|error| ClientError::io("cannot make a client", error))?;
         let (sender, events) = channel();
         let client = Arc::new(Self {
-            core: Arc::new(Core::new(Cache::new(options.cache_size), Tid::ZERO, callbacks)),
+            core: Arc::new(Core::new(Cache::new(options.cache_size), last_tid, callbacks)),
             wake: Arc::new(wake),
             closing: AtomicBool::new(false),
             process: std::process::id(),
             state: Mutex::new(State {
                 phase: Phase::Connecting,
-                was_ready: false,
+                was_ready,
                 read_only: options.access == Access::ReadOnly,
                 last_failure: None,
                 addresses: options.addresses.clone(),
@@ -364,7 +382,12 @@ impl Client {
             if self.is_closing() {
                 return Err(ClientError::disconnected("closed"));
             }
-            txn = self.txn_ended.wait(txn).unwrap_or_else(PoisonError::into_inner);
+            (txn, _) = self.txn_ended.wait_timeout(txn, LOOK_AGAIN).unwrap_or_else(PoisonError::into_inner);
+            if txn.is_some() {
+                drop(txn);
+                self.core.check_interrupt()?;
+                txn = self.txn();
+            }
         }
         // Held while waiting for a connection: whoever wants it waits for its turn in any case.
         let connection = self.operational(Some(self.options.wait_timeout), false)?;
@@ -564,7 +587,13 @@ impl Client {
             if left.is_zero() {
                 return Err(ClientError::disconnected(format!("timed out waiting for connection{because}")));
             }
-            (state, _) = self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner);
+            (state, _) =
+                self.changed.wait_timeout(state, left.min(LOOK_AGAIN)).unwrap_or_else(PoisonError::into_inner);
+            if matches!(state.phase, Phase::Connecting) {
+                drop(state);
+                self.core.check_interrupt()?;
+                state = self.state();
+            }
         }
     }
 

@@ -21,7 +21,7 @@ const DONE: u8 = 1;
 /// Asked to read the socket, since whoever did has left.
 const PROMOTED: u8 = 2;
 
-/// Longest sleep without looking again; nothing depends on it, it bounds the damage of a lost wake-up.
+/// Longest sleep without looking whether the caller is to give up.
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
 
 #[derive(Debug)]
@@ -65,12 +65,14 @@ impl Slot {
         }
     }
 
-    /// Sleeps until there is an answer or a promotion, or a while.
-    pub(super) fn sleep(&self) {
+    /// Sleeps until there is an answer or a promotion. True: neither, but a while has passed.
+    pub(super) fn sleep(&self) -> bool {
         if self.state.load(Ordering::Acquire) == WAITING {
             std::thread::park_timeout(LOOK_AGAIN);
         }
+        let nothing = self.state.load(Ordering::Acquire) == WAITING;
         let _ = self.state.compare_exchange(PROMOTED, WAITING, Ordering::AcqRel, Ordering::Relaxed);
+        nothing
     }
 
     pub(super) fn take(&self) -> Option<Result<Answer>> {

@@ -4,6 +4,7 @@
 //! waiting before they do: a cache hit costs one shard lock, one copy of the data into a `bytes` and no GIL transition.
 
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
@@ -30,13 +31,46 @@ pub(crate) type Revision<'py> = (Bound<'py, PyBytes>, Bound<'py, PyBytes>, Optio
 
 #[pyclass(subclass, frozen, weakref, module = "zeo_rs._zeo")]
 pub(crate) struct ClientStorageBase {
+    first: Life,
+}
+
+/// The client and its transaction, as of one process. A forked child gets the next one: what the parent had may be
+/// locked by threads that the child does not have, and its socket is the parent's.
+struct Life {
+    /// [`FORKS`] when it began.
+    forks: u32,
     client: OnceLock<Arc<Client>>,
     /// The transaction being committed: keeps the object alive whose address is its key.
     transaction: Mutex<Option<Py<PyAny>>>,
+    next: OnceLock<Box<Self>>,
+}
+
+/// How often this process and its parents were forked. Counted by `os.register_at_fork`.
+static FORKS: AtomicU32 = AtomicU32::new(0);
+
+impl Life {
+    fn new() -> Self {
+        Self {
+            forks: FORKS.load(Ordering::Relaxed),
+            client: OnceLock::new(),
+            transaction: Mutex::new(None),
+            next: OnceLock::new(),
+        }
+    }
 }
 
 pub(crate) fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
-    m.add_class::<ClientStorageBase>()
+    m.add_class::<ClientStorageBase>()?;
+    m.add_function(wrap_pyfunction!(_after_fork_in_child, m)?)?;
+    let keywords = PyDict::new(m.py());
+    keywords.set_item("after_in_child", m.getattr("_after_fork_in_child")?)?;
+    m.py().import("os")?.call_method("register_at_fork", (), Some(&keywords))?;
+    Ok(())
+}
+
+#[pyfunction]
+fn _after_fork_in_child() {
+    FORKS.fetch_add(1, Ordering::Relaxed);
 }
 
 #[pymethods]
@@ -45,7 +79,7 @@ impl ClientStorageBase {
     #[new]
     #[pyo3(signature = (*_args, **_kwargs))]
     fn new(_args: &Bound<'_, PyTuple>, _kwargs: Option<&Bound<'_, PyDict>>) -> Self {
-        Self { client: OnceLock::new(), transaction: Mutex::new(None) }
+        Self { first: Life::new() }
     }
 
     /// Starts the client. `addresses`: text is a path, a pair host and port. `access`: `w`, `r`, or `wr` for
@@ -81,6 +115,7 @@ impl ClientStorageBase {
         let callbacks = Arc::new(Callbacks(PyWeakrefReference::new(slf)?.unbind()));
         let client = Client::open(options, callbacks).map_err(|error| client_error(py, error))?;
         slf.get()
+            .first
             .client
             .set(client)
             .map_err(|_| PyRuntimeError::new_err("this storage has been opened already"))
@@ -92,8 +127,15 @@ impl ClientStorageBase {
     }
 
     fn _close(&self, py: Python<'_>) -> PyResult<()> {
-        if let Some(client) = self.client.get() {
-            py.detach(|| client.close());
+        let life = self.life();
+        match life.client.get() {
+            Some(client) => py.detach(|| client.close()),
+            // Not opened, or forked and not used since: what the parent has is not ours to close.
+            None if life.forks != FORKS.load(Ordering::Relaxed) => {
+                let client = self.client()?;
+                py.detach(|| client.close());
+            }
+            None => {}
         }
         Ok(())
     }
@@ -335,8 +377,8 @@ impl ClientStorageBase {
         transaction: &Bound<'_, PyAny>,
     ) -> PyResult<()> {
         no_version(version)?;
-        let (oid, serial, data, key) =
-            (oid_arg(oid)?, serial_arg(serial)?, data_arg(data)?, key_of(transaction));
+        let key = self.committing(transaction)?;
+        let (oid, serial, data) = (oid_arg(oid)?, serial_arg(serial)?, data_arg(data)?);
         self.wait(py, |client| client.store(&key, oid, serial, data))
     }
 
@@ -347,7 +389,8 @@ impl ClientStorageBase {
         serial: &Bound<'_, PyAny>,
         transaction: &Bound<'_, PyAny>,
     ) -> PyResult<()> {
-        let (oid, serial, key) = (oid_arg(oid)?, serial_arg(serial)?, key_of(transaction));
+        let key = self.committing(transaction)?;
+        let (oid, serial) = (oid_arg(oid)?, serial_arg(serial)?);
         self.wait(py, |client| client.check_current(&key, oid, serial))
     }
 
@@ -358,7 +401,8 @@ impl ClientStorageBase {
         serial: &Bound<'_, PyAny>,
         transaction: &Bound<'_, PyAny>,
     ) -> PyResult<()> {
-        let (oid, serial, key) = (oid_arg(oid)?, serial_arg(serial)?, key_of(transaction));
+        let key = self.committing(transaction)?;
+        let (oid, serial) = (oid_arg(oid)?, serial_arg(serial)?);
         self.wait(py, |client| client.delete_object(&key, oid, serial))
     }
 
@@ -374,7 +418,8 @@ impl ClientStorageBase {
         transaction: &Bound<'_, PyAny>,
     ) -> PyResult<()> {
         no_version(version)?;
-        let (oid, serial, key) = (oid_arg(oid)?, serial_arg(serial)?, key_of(transaction));
+        let key = self.committing(transaction)?;
+        let (oid, serial) = (oid_arg(oid)?, serial_arg(serial)?);
         let (data, prev) = (data.map(data_arg).transpose()?, optional_tid_arg(prev_txn)?);
         self.wait(py, |client| client.restore(&key, oid, serial, data, prev))
     }
@@ -385,7 +430,8 @@ impl ClientStorageBase {
         trans_id: &Bound<'_, PyAny>,
         transaction: &Bound<'_, PyAny>,
     ) -> PyResult<()> {
-        let (trans_id, key) = (data_arg(trans_id)?, key_of(transaction));
+        let key = self.committing(transaction)?;
+        let trans_id = data_arg(trans_id)?;
         self.wait(py, |client| client.undo(&key, trans_id))
     }
 
@@ -400,8 +446,8 @@ impl ClientStorageBase {
         shared: bool,
         transaction: &Bound<'_, PyAny>,
     ) -> PyResult<()> {
-        let (oid, serial, data, key) =
-            (oid_arg(oid)?, serial_arg(serial)?, data_arg(data)?, key_of(transaction));
+        let key = self.committing(transaction)?;
+        let (oid, serial, data) = (oid_arg(oid)?, serial_arg(serial)?, data_arg(data)?);
         self.wait(py, |client| {
             if shared {
                 let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
@@ -478,7 +524,7 @@ impl ClientStorageBase {
     // ---- state
 
     fn _is_connected(&self) -> bool {
-        self.client.get().is_some_and(|client| client.is_connected())
+        self.client().is_ok_and(|client| client.is_connected())
     }
 
     fn _is_read_only(&self) -> PyResult<bool> {
@@ -510,8 +556,33 @@ impl ClientStorageBase {
 }
 
 impl ClientStorageBase {
+    /// The client of this process. After a fork the child gets a new one, with a connection and a cache of its own.
+    /// Otherwise one atomic read and one comparison.
     pub(crate) fn client(&self) -> PyResult<&Arc<Client>> {
-        self.client.get().ok_or_else(|| PyRuntimeError::new_err("ClientStorage.__init__ has not been called"))
+        let life = self.life();
+        if let (Some(client), true) = (life.client.get(), life.forks == FORKS.load(Ordering::Relaxed)) {
+            return Ok(client);
+        }
+        let Some(parents) = life.client.get() else {
+            return Err(PyRuntimeError::new_err("ClientStorage.__init__ has not been called"));
+        };
+        let next = life.next.get_or_init(|| Box::new(Life::new()));
+        if next.client.get().is_none() {
+            let client = parents.reopen().map_err(|error| PyRuntimeError::new_err(error.to_string()))?;
+            if let Err(second) = next.client.set(client) {
+                second.start_close();
+            }
+        }
+        next.client.get().ok_or_else(|| PyRuntimeError::new_err("the storage could not be opened after a fork"))
+    }
+
+    /// The newest one.
+    fn life(&self) -> &Life {
+        let mut life = &self.first;
+        while let Some(next) = life.next.get() {
+            life = next;
+        }
+        life
     }
 
     /// Runs what may wait without the GIL.
@@ -541,7 +612,20 @@ impl ClientStorageBase {
     }
 
     fn transaction(&self) -> std::sync::MutexGuard<'_, Option<Py<PyAny>>> {
-        self.transaction.lock().unwrap_or_else(PoisonError::into_inner)
+        self.life().transaction.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The key of the transaction, which must be the one being committed. Checked before the other arguments.
+    fn committing(&self, transaction: &Bound<'_, PyAny>) -> PyResult<TxnKey> {
+        let (client, key) = (self.client()?, key_of(transaction));
+        if client.is_committing(&key) {
+            return Ok(key);
+        }
+        let py = transaction.py();
+        if client.is_read_only() {
+            return Err(client_error(py, ClientError::ReadOnly));
+        }
+        Err(errors::wrong_transaction(self.tpc_transaction(py), transaction))
     }
 
     fn forget(&self, transaction: &Bound<'_, PyAny>) {
@@ -552,8 +636,17 @@ impl ClientStorageBase {
 
 impl Drop for ClientStorageBase {
     fn drop(&mut self) {
-        if let Some(client) = self.client.get() {
-            client.start_close();
+        let mut life = Some(&mut self.first);
+        while let Some(current) = life {
+            if let Some(client) = current.client.take() {
+                if current.forks == FORKS.load(Ordering::Relaxed) {
+                    client.start_close();
+                } else {
+                    // The parent's: closing its socket here would end the parent's connection.
+                    std::mem::forget(client);
+                }
+            }
+            life = current.next.get_mut().map(Box::as_mut);
         }
     }
 }
@@ -624,6 +717,11 @@ impl DatabaseCallbacks for Callbacks {
 
     fn stale_cache(&self) {
         self.call("_stale_cache", |py| Ok(PyTuple::empty(py).unbind()));
+    }
+
+    fn interrupted(&self) -> Result<(), CallbackError> {
+        let checked = Python::try_attach(|py| py.check_signals());
+        checked.unwrap_or(Ok(())).map_err(|error| CallbackError(Box::new(error), "interrupted".into()))
     }
 }
 

@@ -127,6 +127,11 @@ pub(crate) fn transaction_error(text: &'static str) -> PyErr {
     zodb::StorageTransactionError::new_err(text)
 }
 
+/// `StorageTransactionError(current, given)`, as ZODB raises it for a transaction that is not being committed.
+pub(crate) fn wrong_transaction(current: Option<Py<PyAny>>, given: &Bound<'_, PyAny>) -> PyErr {
+    zodb::StorageTransactionError::new_err((current, given.clone().unbind()))
+}
+
 /// `FileStorageError(text)`.
 pub(crate) fn file_storage_error(text: &'static str) -> PyErr {
     zodb::FileStorageError::new_err(text)
