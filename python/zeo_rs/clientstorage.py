@@ -62,6 +62,8 @@ class ClientStorage(ConflictResolvingStorage, _zeo.ClientStorageBase):
     blob_dir, shared_blob_dir, blob_cache_size, blob_cache_size_check
         Where blobs are kept; whether that is the server's own directory; how many bytes to keep, and after how
         many percent of them to look.
+    cache, or client and var
+        File to keep the cache in: its path, or its directory ``var`` and the beginning of its name. In memory otherwise.
     client_label
         Shown in the server's log.
     ssl, ssl_server_hostname
@@ -149,6 +151,7 @@ class ClientStorage(ConflictResolvingStorage, _zeo.ClientStorageBase):
             cache_size,
             client_label,
             client_tls(ssl, ssl_server_hostname),
+            _cache_path(cache, client, var, storage),
         )
         if wait:
             try:
@@ -412,6 +415,17 @@ class TransactionRecord(ZODB.BaseStorage.TransactionRecord):
         finally:
             if not ended:
                 storage._dropped_iterators.append((generation, iid))
+
+
+def _cache_path(cache, client, var, storage):
+    """The file that the cache is kept in; None for one in memory only."""
+    if cache is not None:
+        if not isinstance(cache, (str, os.PathLike)):
+            raise TypeError(f"cache is the path of a file, not {cache!r}")
+        return os.fspath(cache)
+    if client:
+        return os.path.join(var or os.getcwd(), f"{client}-{storage}.zrc")
+    return None
 
 
 def _addresses(addr):

@@ -12,19 +12,24 @@
 //! A hit takes one uncontended shard lock, one hash lookup, one reference count: no copy, no list to relink, no global
 //! lock. A store copies the data once (what it keeps must not pin a network buffer).
 
+mod journal;
 mod shard;
 #[cfg(test)]
 mod tests;
 
+use std::io;
+use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use bytes::Bytes;
 
 use crate::ids::{Oid, Tid};
 use crate::storage::Loaded;
+use journal::{Event, Journal};
 use shard::Shard;
 
+pub use journal::Opened;
 pub use shard::NODE_OVERHEAD;
 
 /// Bytes of cache for which another shard is worth its lock.
@@ -49,6 +54,8 @@ pub struct Cache {
     shards: Box<[Mutex<Shard>]>,
     bytes: AtomicUsize,
     max_bytes: usize,
+    /// The file, if it has one.
+    journal: OnceLock<Journal>,
 }
 
 impl Cache {
@@ -59,7 +66,57 @@ impl Cache {
             shards: (0..count).map(|_| Mutex::new(Shard::default())).collect(),
             bytes: AtomicUsize::new(0),
             max_bytes,
+            journal: OnceLock::new(),
         }
+    }
+
+    /// A cache that goes on where the one of an earlier process ended, and is kept in the file `path`. If another process
+    /// has the file, it is a temporary one.
+    ///
+    /// # Errors
+    /// The directory or file cannot be used at all. What is in a file is never an error.
+    pub fn open(path: &Path, max_bytes: usize) -> io::Result<(Arc<Self>, Opened)> {
+        let cache = Arc::new(Self::new(max_bytes));
+        let (journal, opened) = journal::open(&cache, path)?;
+        if let Some(journal) = journal {
+            let _ = cache.journal.set(journal);
+        }
+        Ok((cache, opened))
+    }
+
+    /// Waits a moment until the file has everything.
+    pub fn close(&self) {
+        if let Some(journal) = self.journal.get() {
+            journal.close();
+        }
+    }
+
+    /// Whether it is kept in a file.
+    pub fn is_persistent(&self) -> bool {
+        self.journal.get().is_some()
+    }
+
+    /// Everything that the transactions up to `tid` changed has been invalidated. For the file.
+    pub fn set_last_tid(&self, tid: Tid) {
+        self.record(|| Event::LastTid(tid));
+    }
+
+    /// Forgets everything and keeps the file under another name: it belongs to another database, or to one newer than the
+    /// server's.
+    pub fn move_aside(&self) {
+        self.record(|| Event::MoveAside);
+        self.remove_all();
+    }
+
+    /// The current revision with the greatest tid.
+    pub fn newest(&self) -> Option<(Oid, Tid)> {
+        let mut newest = None;
+        self.for_each(|oid, tid, end, _| {
+            if end.is_none() && newest.is_none_or(|(_, greatest)| tid > greatest) {
+                newest = Some((oid, tid));
+            }
+        });
+        newest
     }
 
     /// The revision of `oid` that was current just before `before`, if the cache knows it for certain.
@@ -75,18 +132,13 @@ impl Cache {
     /// Keeps a revision as a reply told it. A "current" one older than a revision already known is dropped: its end is
     /// unknown. Larger than the cache: not kept.
     pub fn store(&self, oid: Oid, tid: Tid, end_tid: Option<Tid>, data: &[u8]) {
-        let cost = data.len().saturating_add(NODE_OVERHEAD);
-        if cost > self.max_bytes || end_tid.is_some_and(|end| end <= tid) {
+        if !self.fits(tid, end_tid, data.len()) {
             return;
         }
-        let change = {
-            let mut shard = self.shard(oid);
-            let before = shard.bytes();
-            shard.store(oid, tid, end_tid, Bytes::copy_from_slice(data));
-            shard.bytes() as isize - before as isize
-        };
-        self.add(change);
-        self.shrink(self.index(oid));
+        let data = Bytes::copy_from_slice(data);
+        if self.insert(oid, tid, end_tid, data.clone()) {
+            self.record(|| Event::Revision { oid, tid, end: end_tid, data });
+        }
     }
 
     /// The current revision of `oid` ended at `tid`; with `None` it is forgotten. Older revisions stay.
@@ -94,6 +146,33 @@ impl Cache {
     /// An invalidation with the tid of the current revision itself (the reply that brought it overtook the
     /// invalidation) or an older one changes nothing.
     pub fn invalidate(&self, oid: Oid, tid: Option<Tid>) {
+        self.end(oid, tid);
+        // Always: the file may have a revision that memory has not.
+        self.record(|| Event::Invalidate { oid, tid });
+    }
+
+    /// Forgets everything.
+    pub fn clear(&self) {
+        self.remove_all();
+        self.record(|| Event::Clear);
+    }
+
+    /// True if it was new.
+    fn insert(&self, oid: Oid, tid: Tid, end_tid: Option<Tid>, data: Bytes) -> bool {
+        if !self.fits(tid, end_tid, data.len()) {
+            return false;
+        }
+        let (changed, change) = {
+            let mut shard = self.shard(oid);
+            let before = shard.bytes();
+            (shard.store(oid, tid, end_tid, data), shard.bytes() as isize - before as isize)
+        };
+        self.add(change);
+        self.shrink(self.index(oid));
+        changed
+    }
+
+    fn end(&self, oid: Oid, tid: Option<Tid>) {
         let change = {
             let mut shard = self.shard(oid);
             let before = shard.bytes();
@@ -103,11 +182,20 @@ impl Cache {
         self.add(change);
     }
 
-    /// Forgets everything.
-    pub fn clear(&self) {
+    fn remove_all(&self) {
         for shard in &self.shards {
             let freed = lock(shard).clear();
             self.add(-(freed as isize));
+        }
+    }
+
+    fn fits(&self, tid: Tid, end_tid: Option<Tid>, length: usize) -> bool {
+        length.saturating_add(NODE_OVERHEAD) <= self.max_bytes && end_tid.is_none_or(|end| end > tid)
+    }
+
+    fn record(&self, event: impl FnOnce() -> Event) {
+        if let Some(journal) = self.journal.get() {
+            journal.send(event());
         }
     }
 
@@ -145,10 +233,13 @@ impl Cache {
         sum
     }
 
-    /// Every revision, one shard at a time: `(oid, tid, end_tid, data)`. For tests and for saving.
+    /// Every revision: `(oid, tid, end_tid, data)`. Shard by shard; nothing is locked while `visit` runs.
     pub fn for_each(&self, mut visit: impl FnMut(Oid, Tid, Option<Tid>, &Bytes)) {
         for shard in &self.shards {
-            lock(shard).for_each(&mut visit);
+            let revisions = lock(shard).revisions();
+            for (oid, tid, end_tid, data) in revisions {
+                visit(oid, tid, end_tid, &data);
+            }
         }
     }
 

@@ -106,7 +106,8 @@ impl Shard {
         self.find(oid, before).is_some()
     }
 
-    pub(super) fn store(&mut self, oid: Oid, tid: Tid, end_tid: Option<Tid>, data: Bytes) {
+    /// True if anything changed.
+    pub(super) fn store(&mut self, oid: Oid, tid: Tid, end_tid: Option<Tid>, data: Bytes) -> bool {
         let end = end_tid.unwrap_or(CURRENT);
         let mut uses = 0;
         if let Some(newest) =
@@ -115,7 +116,7 @@ impl Shard {
             let node = &self.nodes[newest as usize];
             if end == CURRENT {
                 if tid < node.tid || (tid == node.tid && node.end != CURRENT) {
-                    return;
+                    return false;
                 }
                 if tid > node.tid {
                     uses = node.uses;
@@ -128,14 +129,16 @@ impl Shard {
         }
         if let Some(id) = self.revision(oid, tid) {
             let node = &mut self.nodes[id as usize];
-            if node.end == CURRENT {
+            let ends = node.end == CURRENT && end != CURRENT;
+            if ends {
                 node.end = end;
             }
-            return;
+            return ends;
         }
         self.stats.stores += 1;
         let in_main = uses > 0 || self.ghost_set.contains(&oid.0);
         self.insert(Node { oid, tid, end, data, uses: 0, in_main, dead: false });
+        true
     }
 
     pub(super) fn invalidate(&mut self, oid: Oid, tid: Option<Tid>) {
@@ -174,10 +177,10 @@ impl Shard {
         freed
     }
 
-    pub(super) fn for_each(&self, visit: &mut impl FnMut(Oid, Tid, Option<Tid>, &Bytes)) {
-        for node in self.nodes.iter().filter(|node| !node.dead) {
-            visit(node.oid, node.tid, (node.end != CURRENT).then_some(node.end), &node.data);
-        }
+    pub(super) fn revisions(&self) -> Vec<(Oid, Tid, Option<Tid>, Bytes)> {
+        let live = self.nodes.iter().filter(|node| !node.dead);
+        live.map(|node| (node.oid, node.tid, (node.end != CURRENT).then_some(node.end), node.data.clone()))
+            .collect()
     }
 
     /// The newest revision older than `before`, if it lasted until `before`.

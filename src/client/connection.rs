@@ -17,7 +17,7 @@
 
 use std::collections::VecDeque;
 use std::collections::hash_map::Entry;
-use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -50,8 +50,6 @@ pub(super) struct Connection {
     core: Arc<Core>,
     wake: Arc<Wake>,
     next_id: AtomicI64,
-    /// Counts leaders: the background thread keeps out of the way while it changes.
-    activity: AtomicU64,
     dead: AtomicBool,
     shared: Mutex<Shared>,
     out: Mutex<BytesMut>,
@@ -119,7 +117,6 @@ impl Connection {
             core,
             wake,
             next_id: AtomicI64::new(first_id),
-            activity: AtomicU64::new(0),
             dead: AtomicBool::new(false),
             shared: Mutex::default(),
             out: Mutex::default(),
@@ -330,7 +327,6 @@ impl Connection {
                 }
             };
             let interrupted = if lead {
-                self.activity.fetch_add(1, Ordering::Relaxed);
                 let mut role = Role { connection: self, parked: false };
                 let end = self.read_for(slot);
                 role.parked = end == Lead::Parked;
@@ -384,11 +380,6 @@ impl Connection {
     /// True if bytes may wait that the socket does not announce.
     pub(super) fn has_buffered(&self) -> bool {
         self.shared().reader == Reader::Parked || self.stream.has_buffered()
-    }
-
-    /// Changes whenever a caller reads.
-    pub(super) fn activity(&self) -> u64 {
-        self.activity.load(Ordering::Relaxed)
     }
 
     pub(super) fn is_led(&self) -> bool {

@@ -49,7 +49,7 @@ pub struct Session {
 const GATE: Duration = Duration::from_secs(5);
 
 pub(super) struct Core {
-    pub(super) cache: Cache,
+    pub(super) cache: Arc<Cache>,
     pub(super) callbacks: Arc<dyn DatabaseCallbacks>,
     pub(super) downloads: Downloads,
     last_tid: AtomicU64,
@@ -66,7 +66,7 @@ thread_local! {
 }
 
 impl Core {
-    pub(super) fn new(cache: Cache, last_tid: Tid, callbacks: Arc<dyn DatabaseCallbacks>) -> Self {
+    pub(super) fn new(cache: Arc<Cache>, last_tid: Tid, callbacks: Arc<dyn DatabaseCallbacks>) -> Self {
         Self {
             cache,
             callbacks,
@@ -99,6 +99,12 @@ impl Core {
     /// Never goes back.
     fn advance(&self, tid: Tid) {
         self.last_tid.fetch_max(tid.0, Ordering::AcqRel);
+        self.cache.set_last_tid(tid);
+    }
+
+    /// Before anybody was told of a tid: that of a cache file which does not belong to the server.
+    pub(super) fn forget_last_tid(&self) {
+        self.last_tid.store(0, Ordering::Release);
     }
 
     /// C2: cache, then database, then the last tid.

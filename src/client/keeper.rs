@@ -17,8 +17,8 @@ use crate::net::Address;
 use crate::pickle::Value;
 use crate::wire::{Call, Notice};
 
-/// While callers read for themselves the thread only looks in every so often.
-const NAP: Duration = Duration::from_millis(2);
+/// While callers read for themselves the thread only looks in every so often, so that not every reply wakes it too.
+const NAP: Duration = Duration::from_millis(1);
 /// Longest sleep while connecting without anything due.
 const IDLE: Duration = Duration::from_secs(1);
 
@@ -234,6 +234,14 @@ impl Keeper {
     fn verify(&self, registered: &mut Registered, deadline: Instant) -> Result<(Tid, Vec<Oid>), DialError> {
         let client = &self.client;
         let core = &client.core;
+        if !client.was_ready() {
+            if core.cache.is_empty() {
+                // There is nothing that its tid could be about.
+                core.forget_last_tid();
+            } else {
+                self.check_file(registered, deadline)?;
+            }
+        }
         let (cached, server) = (core.last_tid_now(), registered.server_tid);
         if cached > server {
             return Err(DialError::Cache(format!(
@@ -266,13 +274,49 @@ impl Keeper {
         Ok((server, Vec::new()))
     }
 
+    /// A cache file may be of another database, or of one that was set back since: by a restored backup, a lagging replica.
+    /// Then it is moved aside. Only before anybody was told of its last tid; later that would be going back.
+    fn check_file(&self, registered: &mut Registered, deadline: Instant) -> Result<(), DialError> {
+        let client = &self.client;
+        let core = &client.core;
+        let problem = if core.last_tid_now() > registered.server_tid {
+            "the server's last transaction is older than the cache's"
+        } else if let Some((oid, serial)) = core.cache.newest() {
+            // Set back and gone on since: then the newest revision is not there, or it is another one.
+            match registered.call("loadSerial", &Call::LoadSerial { oid, serial }, deadline, &client.closing)
+            {
+                Ok(Value::Bytes(data)) => {
+                    let cached = core.cache.load_before(oid, serial.next());
+                    if cached.is_none_or(|cached| cached.data == data) {
+                        return Ok(());
+                    }
+                    "the server has another revision than the cache"
+                }
+                Ok(_) => return Err(DialError::Unexpected("loadSerial")),
+                Err(DialError::Fault { .. }) => "the server does not know the cache's newest revision",
+                Err(error) => return Err(error),
+            }
+        } else {
+            return Ok(());
+        };
+        tracing::warn!(
+            name = client.options.name,
+            cache = %core.last_tid_now(),
+            server = %registered.server_tid,
+            "{problem} (a restored backup, a lagging replica, another database): starting with an empty cache"
+        );
+        core.cache.move_aside();
+        core.forget_last_tid();
+        Ok(())
+    }
+
     // ---- connected
 
     /// Looks after a connection until it ends. `Some`: a better one is there already.
     fn serve(&mut self, connection: &Arc<Connection>) -> Option<Box<Registered>> {
         let client = self.client.clone();
         let timers = client.options.timers;
-        let (mut seen, mut alive) = (0, Instant::now() + timers.keep_alive);
+        let mut alive = Instant::now() + timers.keep_alive;
         let probing = client.options.access == Access::Fallback && client.is_read_only();
         let mut probe = Instant::now() + timers.probe;
         let mut better = None;
@@ -287,21 +331,17 @@ impl Keeper {
             if probing {
                 better = self.probe(&mut probe, timers.probe);
             }
-            let activity = connection.activity();
-            if connection.is_led() || activity != seen {
-                seen = activity;
+            if connection.is_led() {
                 client.wake.wait(NAP);
-                if connection.has_buffered() {
-                    connection.read_in_background();
-                }
             } else {
                 let until = alive.min(if probing { probe } else { alive });
                 let timeout = until.saturating_duration_since(Instant::now()).min(IDLE);
-                let buffered = connection.has_buffered() && !connection.is_led();
+                let buffered = connection.has_buffered();
                 match connection
                     .stream
                     .poll(Some(&client.wake), if buffered { Duration::ZERO } else { timeout })
                 {
+                    // Returns at once if a caller has begun to read meanwhile; then this thread naps.
                     Ok(ready) if ready.socket || buffered => connection.read_in_background(),
                     Ok(_) => {}
                     Err(error) => connection

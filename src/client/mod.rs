@@ -32,7 +32,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 
-use crate::cache::Cache;
+use crate::cache::{Cache, Opened};
 use crate::ids::{Oid, Tid};
 use crate::limits::MAX_NEW_OIDS;
 use crate::net::Address;
@@ -99,26 +99,31 @@ impl Client {
     /// # Errors
     /// [`ClientError::Io`] if there is no thread or socket to be had.
     pub fn open(options: Options, callbacks: Arc<dyn DatabaseCallbacks>) -> Result<Arc<Self>> {
-        Self::start(options, callbacks, Tid::ZERO, false)
+        let (cache, last_tid) = open_cache(&options)?;
+        Self::start(options, callbacks, cache, last_tid, false)
     }
 
     /// After a fork, in the child: a client like this one, with a connection, a thread and a cache of its own, that goes
     /// on from the same last tid. Touches nothing of the parent's but what never changes: its locks may be held by
     /// threads that this process does not have.
     pub fn reopen(&self) -> Result<Arc<Self>> {
-        Self::start(self.options.clone(), self.core.callbacks.clone(), self.core.last_tid_now(), true)
+        let mut options = self.options.clone();
+        options.cache_path = None;
+        let cache = Arc::new(Cache::new(options.cache_size));
+        Self::start(options, self.core.callbacks.clone(), cache, self.core.last_tid_now(), true)
     }
 
     fn start(
         options: Options,
         callbacks: Arc<dyn DatabaseCallbacks>,
+        cache: Arc<Cache>,
         last_tid: Tid,
         was_ready: bool,
     ) -> Result<Arc<Self>> {
         let wake = Wake::new().map_err(|error| ClientError::io("cannot make a client", error))?;
         let (sender, events) = channel();
         let client = Arc::new(Self {
-            core: Arc::new(Core::new(Cache::new(options.cache_size), last_tid, callbacks)),
+            core: Arc::new(Core::new(cache, last_tid, callbacks)),
             wake: Arc::new(wake),
             closing: AtomicBool::new(false),
             process: std::process::id(),
@@ -145,6 +150,7 @@ impl Client {
     /// Ends everything: waiting calls fail, the background thread leaves. Returns within a second whatever it was doing.
     pub fn close(&self) {
         self.start_close();
+        self.core.cache.close();
         if !is_in_callback() {
             let _ = self
                 .changed
@@ -587,8 +593,10 @@ impl Client {
             if left.is_zero() {
                 return Err(ClientError::disconnected(format!("timed out waiting for connection{because}")));
             }
-            (state, _) =
-                self.changed.wait_timeout(state, left.min(LOOK_AGAIN)).unwrap_or_else(PoisonError::into_inner);
+            (state, _) = self
+                .changed
+                .wait_timeout(state, left.min(LOOK_AGAIN))
+                .unwrap_or_else(PoisonError::into_inner);
             if matches!(state.phase, Phase::Connecting) {
                 drop(state);
                 self.core.check_interrupt()?;
@@ -695,6 +703,11 @@ impl Client {
         state.last_failure = Some(reason);
     }
 
+    /// Whether there was a connection before.
+    fn was_ready(&self) -> bool {
+        self.state().was_ready
+    }
+
     fn addresses_changed(&self) -> bool {
         self.state().addresses_changed
     }
@@ -710,6 +723,27 @@ impl Client {
         stock.0 += 1;
         stock.1.clear();
     }
+}
+
+/// The cache, and the tid that it is right as of.
+fn open_cache(options: &Options) -> Result<(Arc<Cache>, Tid)> {
+    let Some(path) = &options.cache_path else {
+        return Ok((Arc::new(Cache::new(options.cache_size)), Tid::ZERO));
+    };
+    let (cache, opened) = Cache::open(path, options.cache_size)
+        .map_err(|error| ClientError::io(format!("cache file {}", path.display()), error))?;
+    let last_tid = match opened {
+        Opened::Warm(tid) => {
+            tracing::info!(path = %path.display(), %tid, revisions = cache.len(), "cache file opened");
+            tid
+        }
+        Opened::Empty => Tid::ZERO,
+        Opened::InUse(path) => {
+            tracing::warn!(path = %path.display(), "the cache file is in use by another process: this cache is temporary");
+            Tid::ZERO
+        }
+    };
+    Ok((cache, last_tid))
 }
 
 fn wrong_txn(method: &'static str) -> ClientError {

@@ -1,5 +1,6 @@
 //! What a client is told when it is made.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -27,6 +28,8 @@ pub struct Options {
     /// How long a call waits for a usable connection.
     pub wait_timeout: Duration,
     pub cache_size: usize,
+    /// File to keep the cache in.
+    pub cache_path: Option<PathBuf>,
     /// Shown in the server's log.
     pub label: Option<String>,
     pub tls: Option<Arc<ClientTls>>,
@@ -67,6 +70,7 @@ impl Options {
             access: Access::Writable,
             wait_timeout: Duration::from_secs(30),
             cache_size: 20 << 20,
+            cache_path: None,
             label: None,
             tls: None,
             timers: Timers::default(),

@@ -84,7 +84,7 @@ impl ClientStorageBase {
 
     /// Starts the client. `addresses`: text is a path, a pair host and port. `access`: `w`, `r`, or `wr` for
     /// writable with fallback.
-    #[pyo3(signature = (addresses, storage, name, access, wait_timeout, cache_size, label=None, tls=None))]
+    #[pyo3(signature = (addresses, storage, name, access, wait_timeout, cache_size, label=None, tls=None, cache_path=None))]
     #[allow(clippy::too_many_arguments)]
     fn _open(
         slf: &Bound<'_, Self>,
@@ -96,6 +96,7 @@ impl ClientStorageBase {
         cache_size: usize,
         label: Option<String>,
         tls: Option<PyRef<'_, PyClientTls>>,
+        cache_path: Option<PathBuf>,
     ) -> PyResult<()> {
         let py = slf.py();
         logging::refresh(py);
@@ -111,9 +112,11 @@ impl ClientStorageBase {
             .map_err(|_| PyValueError::new_err(format!("wait_timeout is no duration: {wait_timeout}")))?;
         options.cache_size = cache_size;
         options.label = label;
+        options.cache_path = cache_path;
         options.tls = tls.map(|tls| tls.0.clone());
         let callbacks = Arc::new(Callbacks(PyWeakrefReference::new(slf)?.unbind()));
-        let client = Client::open(options, callbacks).map_err(|error| client_error(py, error))?;
+        let client =
+            py.detach(|| Client::open(options, callbacks)).map_err(|error| client_error(py, error))?;
         slf.get()
             .first
             .client
@@ -573,7 +576,9 @@ impl ClientStorageBase {
                 second.start_close();
             }
         }
-        next.client.get().ok_or_else(|| PyRuntimeError::new_err("the storage could not be opened after a fork"))
+        next.client
+            .get()
+            .ok_or_else(|| PyRuntimeError::new_err("the storage could not be opened after a fork"))
     }
 
     /// The newest one.

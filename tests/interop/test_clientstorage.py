@@ -179,8 +179,9 @@ def test_an_error_in_the_finish_callback_is_raised(storage):
 
 
 def test_zodb_sees_what_others_commit(server, storage):
+    db1 = ZODB.DB(storage)
     with opened(server.address) as other:
-        db1, db2 = ZODB.DB(storage), ZODB.DB(other)
+        db2 = ZODB.DB(other)
         with db1.transaction() as conn:
             conn.root()["shared"] = PersistentMapping()
         manager = transaction.TransactionManager()
