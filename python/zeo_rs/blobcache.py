@@ -103,6 +103,7 @@ class BlobCache(Blobs):
         self._added = 0
         self._lock = threading.Lock()
         self._checker = None
+        self._again = False
         if size is not None:
             if not 0 <= check_percent < 100:
                 raise ValueError(f"blob_cache_size_check is a percentage below 100, not {check_percent}")
@@ -171,15 +172,25 @@ class BlobCache(Blobs):
     def _check(self):
         with self._lock:
             self._added = 0
-            if self._checker is not None and self._checker.is_alive():
+            self._again = True
+            if self._checker is not None:
                 return
             self._checker = threading.Thread(
-                target=check_size,
-                args=(self.directory, self._target),
-                name=f"{self._name} zeo blob cache check",
-                daemon=True,
+                target=self._run_checks, name=f"{self._name} zeo blob cache check", daemon=True
             )
             self._checker.start()
+
+    def _run_checks(self):
+        while True:
+            with self._lock:
+                if not self._again:
+                    self._checker = None
+                    return
+                self._again = False
+            try:
+                check_size(self.directory, self._target)
+            except Exception:
+                logger.exception("the blob cache %s could not be checked", self.directory)
 
 
 def check_size(directory, target):

@@ -249,3 +249,144 @@ fn keeps_more_of_what_is_needed_than_the_ring() {
         assert!(ours > ring + margin, "{name}: {ours:.3} against {ring:.3}");
     }
 }
+
+mod file {
+    use std::fs;
+    use std::path::Path;
+
+    use proptest::prelude::*;
+
+    use super::{Cache, Database, Oid, Step, Tid, check, steps};
+    use crate::cache::Opened;
+
+    /// Applies steps as a client does, with the last tid after every transaction.
+    fn run(cache: &Cache, database: &mut Database, steps: &[Step]) {
+        let mut tid = database.last;
+        for step in steps {
+            match step {
+                Step::Load { oid, back } => {
+                    let before = (database.last + 1).saturating_sub(u64::from(*back));
+                    if !check(cache, database, *oid, before)
+                        && let Some((data, start, end)) = database.load(*oid, before)
+                    {
+                        cache.store(Oid(u64::from(*oid)), Tid(start), end.map(Tid), &data);
+                    }
+                    continue;
+                }
+                Step::Commit { oids, len } => {
+                    tid += 2;
+                    for oid in oids {
+                        database.commit(*oid, tid, *len);
+                        cache.invalidate(Oid(u64::from(*oid)), Some(Tid(tid)));
+                    }
+                }
+                Step::EarlyReply { oid } | Step::Own { oid, .. } => {
+                    tid += 2;
+                    database.commit(*oid, tid, 9);
+                    cache.invalidate(Oid(u64::from(*oid)), Some(Tid(tid)));
+                    cache.store(Oid(u64::from(*oid)), Tid(tid), None, &database.load(*oid, tid + 1).unwrap().0);
+                }
+                Step::Forget { oid } => {
+                    cache.invalidate(Oid(u64::from(*oid)), None);
+                    continue;
+                }
+                Step::Clear => {
+                    cache.clear();
+                    continue;
+                }
+            }
+            database.last = tid;
+            cache.set_last_tid(Tid(tid));
+        }
+    }
+
+    /// Opens a copy of the file, verifies as a client does, and compares every answer with the database.
+    fn reopen(bytes: &[u8], database: &Database, directory: &Path, max: usize) {
+        let path = directory.join("copy");
+        fs::write(&path, bytes).unwrap();
+        let (cache, opened) = Cache::open(&path, max).unwrap();
+        let last = match opened {
+            Opened::Warm(tid) => tid,
+            Opened::Empty => {
+                assert!(cache.is_empty());
+                return;
+            }
+            Opened::InUse(_) => panic!("nobody uses it"),
+        };
+        assert!(last.0 <= database.last);
+        for (oid, revisions) in &database.revisions {
+            if revisions.range(last.0 + 1..).next().is_some() {
+                cache.invalidate(Oid(u64::from(*oid)), None);
+            }
+        }
+        for oid in 0..6 {
+            for before in 0..=database.last + 1 {
+                check(&cache, database, oid, before);
+            }
+        }
+        cache.close();
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(24))]
+        /// Killed at any byte, or with any byte damaged: nothing wrong is served.
+        #[test]
+        fn what_is_left_is_right(steps in steps(), cuts in prop::collection::vec(any::<prop::sample::Index>(), 12)) {
+            let directory = tempfile::tempdir().unwrap();
+            let path = directory.path().join("cache");
+            let mut database = Database::default();
+            // Two lives, the second on the first one's file, with room for a few revisions only.
+            let max = 1500;
+            for half in steps.chunks(steps.len().div_ceil(2).max(1)) {
+                let (cache, _) = Cache::open(&path, max).unwrap();
+                run(&cache, &mut database, half);
+                cache.close();
+            }
+            let Ok(bytes) = fs::read(&path) else { return Ok(()) };
+            reopen(&bytes, &database, directory.path(), max);
+            reopen(&bytes, &database, directory.path(), 1 << 20);
+            for cut in cuts {
+                let at = cut.index(bytes.len().max(1));
+                reopen(&bytes[..at], &database, directory.path(), 1 << 20);
+                let mut damaged = bytes.clone();
+                if let Some(byte) = damaged.get_mut(at) {
+                    *byte ^= 0x41;
+                    reopen(&damaged, &database, directory.path(), 1 << 20);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_second_user_gets_a_temporary_cache() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("cache");
+        let (first, _) = Cache::open(&path, 1 << 20).unwrap();
+        first.store(Oid(1), Tid(1), None, b"x");
+        first.set_last_tid(Tid(1));
+        let (second, opened) = Cache::open(&path, 1 << 20).unwrap();
+        assert!(matches!(opened, Opened::InUse(_)) && !second.is_persistent() && second.is_empty());
+        first.close();
+        let (third, opened) = Cache::open(&path, 1 << 20).unwrap();
+        assert!(matches!(opened, Opened::Warm(Tid(1))) && third.covers(Oid(1), Tid(2)), "{opened:?}");
+    }
+
+    #[test]
+    fn the_file_is_bounded() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("cache");
+        let max = 100_000;
+        let (cache, _) = Cache::open(&path, max).unwrap();
+        for tid in 1..4000 {
+            cache.invalidate(Oid(tid % 300), Some(Tid(tid)));
+            cache.store(Oid(tid % 300), Tid(tid), None, &[7; 1000]);
+            cache.set_last_tid(Tid(tid));
+        }
+        cache.close();
+        assert!(fs::metadata(&path).unwrap().len() < 2 * max as u64 + (2 << 20));
+        let kept = cache.len();
+        let (again, opened) = Cache::open(&path, max).unwrap();
+        assert!(matches!(opened, Opened::Warm(Tid(3999))) && again.len() > kept / 2, "{opened:?}");
+        assert!(again.load_before(Oid(3999 % 300), Tid(4000)).is_some());
+    }
+}

@@ -26,7 +26,7 @@ mod transaction;
 use std::collections::VecDeque;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Sender, channel};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -67,6 +67,8 @@ pub struct Client {
     state: Mutex<State>,
     changed: Condvar,
     events: Mutex<Sender<Event>>,
+    /// Until there is a background thread to take them.
+    unconnected: Mutex<Option<Receiver<Event>>>,
     /// oids given by the current connection, to be handed out in ascending order.
     oids: Mutex<(u64, VecDeque<Oid>)>,
     txn: Mutex<Option<Txn>>,
@@ -94,26 +96,41 @@ enum Phase {
 }
 
 impl Client {
-    /// Starts connecting; [`Self::wait_connected`] waits for it.
+    /// A client that is not connected; [`Self::connect`] starts that.
     ///
     /// # Errors
-    /// [`ClientError::Io`] if there is no thread or socket to be had.
-    pub fn open(options: Options, callbacks: Arc<dyn DatabaseCallbacks>) -> Result<Arc<Self>> {
+    /// [`ClientError::Io`]: the cache file cannot be used, or there is no socket to be had.
+    pub fn new(options: Options, callbacks: Arc<dyn DatabaseCallbacks>) -> Result<Arc<Self>> {
         let (cache, last_tid) = open_cache(&options)?;
-        Self::start(options, callbacks, cache, last_tid, false)
+        Self::make(options, callbacks, cache, last_tid, false)
+    }
+
+    /// Starts the background thread, once; it connects and tells the callbacks. [`Self::wait_connected`] waits for it.
+    ///
+    /// # Errors
+    /// [`ClientError::Io`]: there is no thread to be had.
+    pub fn connect(self: &Arc<Self>) -> Result<()> {
+        let Some(events) = self.unconnected.lock().unwrap_or_else(PoisonError::into_inner).take() else {
+            return Ok(());
+        };
+        let sender = self.events().clone();
+        Keeper::start(self.clone(), sender, events).map_err(|error| {
+            self.end();
+            ClientError::io("cannot start the client's thread", error)
+        })
     }
 
     /// After a fork, in the child: a client like this one, with a connection, a thread and a cache of its own, that goes
-    /// on from the same last tid. Touches nothing of the parent's but what never changes: its locks may be held by
+    /// on from the same last tid, not connected yet. Touches nothing of the parent's but what never changes: its locks may be held by
     /// threads that this process does not have.
     pub fn reopen(&self) -> Result<Arc<Self>> {
         let mut options = self.options.clone();
         options.cache_path = None;
         let cache = Arc::new(Cache::new(options.cache_size));
-        Self::start(options, self.core.callbacks.clone(), cache, self.core.last_tid_now(), true)
+        Self::make(options, self.core.callbacks.clone(), cache, self.core.last_tid_now(), true)
     }
 
-    fn start(
+    fn make(
         options: Options,
         callbacks: Arc<dyn DatabaseCallbacks>,
         cache: Arc<Cache>,
@@ -122,7 +139,7 @@ impl Client {
     ) -> Result<Arc<Self>> {
         let wake = Wake::new().map_err(|error| ClientError::io("cannot make a client", error))?;
         let (sender, events) = channel();
-        let client = Arc::new(Self {
+        Ok(Arc::new(Self {
             core: Arc::new(Core::new(cache, last_tid, callbacks)),
             wake: Arc::new(wake),
             closing: AtomicBool::new(false),
@@ -136,21 +153,22 @@ impl Client {
                 addresses_changed: false,
             }),
             changed: Condvar::new(),
-            events: Mutex::new(sender.clone()),
+            events: Mutex::new(sender),
+            unconnected: Mutex::new(Some(events)),
             oids: Mutex::default(),
             txn: Mutex::new(None),
             txn_ended: Condvar::new(),
             options,
-        });
-        Keeper::start(client.clone(), sender, events)
-            .map_err(|error| ClientError::io("cannot start the client's thread", error))?;
-        Ok(client)
+        }))
     }
 
     /// Ends everything: waiting calls fail, the background thread leaves. Returns within a second whatever it was doing.
     pub fn close(&self) {
         self.start_close();
         self.core.cache.close();
+        if self.unconnected.lock().unwrap_or_else(PoisonError::into_inner).is_some() {
+            return;
+        }
         if !is_in_callback() {
             let _ = self
                 .changed

@@ -116,12 +116,13 @@ impl ClientStorageBase {
         options.tls = tls.map(|tls| tls.0.clone());
         let callbacks = Arc::new(Callbacks(PyWeakrefReference::new(slf)?.unbind()));
         let client =
-            py.detach(|| Client::open(options, callbacks)).map_err(|error| client_error(py, error))?;
-        slf.get()
-            .first
-            .client
+            py.detach(|| Client::new(options, callbacks)).map_err(|error| client_error(py, error))?;
+        // Known before its thread calls back.
+        let life = &slf.get().first;
+        life.client
             .set(client)
-            .map_err(|_| PyRuntimeError::new_err("this storage has been opened already"))
+            .map_err(|_| PyRuntimeError::new_err("this storage has been opened already"))?;
+        slf.get().wait(py, |client| client.connect())
     }
 
     fn _wait_connected(&self, py: Python<'_>, timeout: f64) -> PyResult<()> {
@@ -215,7 +216,7 @@ impl ClientStorageBase {
     fn new_oid<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyBytes>> {
         let oid = match self.client()?.try_new_oid() {
             Some(oid) => oid,
-            None => self.wait(py, Client::new_oid)?,
+            None => self.wait(py, |client| client.new_oid())?,
         };
         Ok(oid_bytes(py, oid))
     }
@@ -576,6 +577,9 @@ impl ClientStorageBase {
                 second.start_close();
             }
         }
+        if let Some(client) = next.client.get() {
+            client.connect().map_err(|error| PyRuntimeError::new_err(error.to_string()))?;
+        }
         next.client
             .get()
             .ok_or_else(|| PyRuntimeError::new_err("the storage could not be opened after a fork"))
@@ -594,7 +598,7 @@ impl ClientStorageBase {
     fn wait<T: Send>(
         &self,
         py: Python<'_>,
-        run: impl FnOnce(&Client) -> Result<T, ClientError> + Send,
+        run: impl FnOnce(&Arc<Client>) -> Result<T, ClientError> + Send,
     ) -> PyResult<T> {
         let client = self.client()?;
         py.detach(|| run(client)).map_err(|error| client_error(py, error))

@@ -76,7 +76,9 @@ impl TestClient {
     fn with_hook(options: Options, hook: Hook) -> Self {
         let (sender, told) = channel();
         let callbacks = Arc::new(Recorder { sender: Mutex::new(sender), hook });
-        Self { client: Client::open(options, callbacks).unwrap(), told }
+        let client = Client::new(options, callbacks).unwrap();
+        client.connect().unwrap();
+        Self { client, told }
     }
 
     /// Skips to what `wanted` accepts.
