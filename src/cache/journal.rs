@@ -293,6 +293,8 @@ impl Writer {
                 self.rewrite();
             }
             if let Some(done) = closing {
+                // The lock goes first: who waited may open the file again.
+                drop(self);
                 let _ = done.send(());
                 return;
             }

@@ -284,7 +284,12 @@ mod file {
                     tid += 2;
                     database.commit(*oid, tid, 9);
                     cache.invalidate(Oid(u64::from(*oid)), Some(Tid(tid)));
-                    cache.store(Oid(u64::from(*oid)), Tid(tid), None, &database.load(*oid, tid + 1).unwrap().0);
+                    cache.store(
+                        Oid(u64::from(*oid)),
+                        Tid(tid),
+                        None,
+                        &database.load(*oid, tid + 1).unwrap().0,
+                    );
                 }
                 Step::Forget { oid } => {
                     cache.invalidate(Oid(u64::from(*oid)), None);
@@ -309,6 +314,7 @@ mod file {
             Opened::Warm(tid) => tid,
             Opened::Empty => {
                 assert!(cache.is_empty());
+                cache.close();
                 return;
             }
             Opened::InUse(_) => panic!("nobody uses it"),
