@@ -256,18 +256,25 @@ def test_killed_server(server, client_kind):
         one.set("killed", 5)
 
 
-def test_transaction_does_not_survive_a_disconnect(server, client_kind):
+@pytest.mark.parametrize("voted", [False, True], ids=["stored", "voted"])
+def test_transaction_does_not_survive_a_disconnect(server, client_kind, voted):
     with Client(client_kind, server.address) as one:
-        one.set("poisoned", 1)
-        one.begin("poisoned")
-        one.change("poisoned", 2)
+        oid = one.new_oids(1)[0]
+        first = one.store(oid, z64, 1)
+        one.begin_and_store(oid, first, 2, vote=voted)
         server.kill()
         server.start()
         with pytest.raises(RemoteError) as caught:
-            one.commit()
-        assert {"TransientError", "StorageError", "ClientDisconnected"} & set(caught.value.kinds), caught.value
+            if not voted:
+                one.vote()
+            one.finish()
+        assert {"StorageError", "StorageTransactionError"} & set(caught.value.kinds), caught.value
+        one.give_up()
         one.reconnect_wait()
-        assert one.get("poisoned") == 1
+        assert one.storage_call("load", oid)[1] == first
+        # and it is not in the way of the next
+        second = one.store(oid, first, 3)
+        assert one.storage_call("load", oid)[1] == second
 
 
 @pytest.mark.parametrize("kind", KINDS)

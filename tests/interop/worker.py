@@ -228,15 +228,22 @@ class Worker:
             self.storage.tpc_abort(t)
             raise
 
-    def begin_and_vote(self, oid, serial, n):
-        """Leaves a voted transaction behind."""
+    def begin_and_store(self, oid, serial, n, vote=False):
+        """Leaves a transaction open, and voted if asked."""
         self.pending = TransactionMetaData()
         self.storage.tpc_begin(self.pending)
         self.storage.store(oid, serial, data(n), "", self.pending)
-        self.storage.tpc_vote(self.pending)
+        if vote:
+            self.storage.tpc_vote(self.pending)
+
+    def vote(self):
+        return self.storage.tpc_vote(self.pending)
 
     def finish(self):
         return self.storage.tpc_finish(self.pending)
+
+    def give_up(self):
+        self.storage.tpc_abort(self.pending)
 
     def check_current(self, oid, serial):
         t = TransactionMetaData()
