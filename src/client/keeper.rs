@@ -318,7 +318,8 @@ impl Keeper {
         let timers = client.options.timers;
         let mut alive = Instant::now() + timers.keep_alive;
         let probing = client.options.access == Access::Fallback && client.is_read_only();
-        let mut probe = Instant::now() + timers.probe;
+        // At once: a writable server may have been slower to answer than the read-only one.
+        let mut probe = Instant::now();
         let mut better = None;
         let since = Instant::now();
         // What came with the last message of the verification.

@@ -84,11 +84,6 @@ impl Stream {
         Ok(stream)
     }
 
-    #[cfg(test)]
-    pub(super) fn from_unix(socket: UnixStream) -> Self {
-        Self { socket: Socket::Unix(socket), tls: None, peer: Peer::Unix("test".into()) }
-    }
-
     fn start_tls(
         &mut self,
         mut session: ClientSession,

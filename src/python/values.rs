@@ -81,12 +81,29 @@ fn convert(value: &Bound<'_, PyAny>, depth: usize) -> PyResult<Value> {
         let pairs =
             dict.iter().map(|(key, value)| Ok((convert(&key, depth + 1)?, convert(&value, depth + 1)?)));
         Ok(Value::Dict(pairs.collect::<PyResult<_>>()?))
+    } else if let Some(prefix) = prefix(value, depth)? {
+        Ok(prefix)
     } else {
         Err(PyTypeError::new_err(format!(
             "cannot be sent: {} (only None, bool, int, float, bytes, str, tuple, list and dict can)",
             value.get_type().name()?
         )))
     }
+}
+
+/// `ZopeUndo.Prefix.Prefix`, in the filter of Zope's undo screen. `Z5` only: `M5` has no form for it.
+fn prefix(value: &Bound<'_, PyAny>, depth: usize) -> PyResult<Option<Value>> {
+    let class = value.get_type();
+    if class.module()? != "ZopeUndo.Prefix" || class.name()? != "Prefix" {
+        return Ok(None);
+    }
+    let callable = Value::Global { module: "ZopeUndo.Prefix".into(), name: "Prefix".into() };
+    let state = convert(&value.getattr("__dict__")?, depth + 1)?;
+    Ok(Some(Value::Call {
+        callable: Box::new(callable),
+        args: Box::new(Value::Tuple(Vec::new())),
+        state: Some(Box::new(state)),
+    }))
 }
 
 fn big_int(number: &Bound<'_, PyInt>) -> PyResult<Value> {

@@ -2,6 +2,8 @@
 //!
 //! The server is a thread that a test tells what to send and when; nothing sleeps to wait for something.
 
+#![allow(clippy::unwrap_used)] // helpers of tests
+
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::sync::atomic::{AtomicUsize, Ordering};
