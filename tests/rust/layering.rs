@@ -17,7 +17,8 @@ struct Rule {
 type Rules = BTreeMap<String, Rule>;
 
 /// Crates that bind a layer to a runtime or an interpreter; everything else may be used by all.
-const WALLED_CRATES: [&str; 6] = ["tokio", "tokio_util", "rustls", "socket2", "pyo3", "pyo3_async_runtimes"];
+const WALLED_CRATES: [&str; 7] =
+    ["tokio", "tokio_util", "rustls", "tokio_rustls", "socket2", "pyo3", "pyo3_async_runtimes"];
 
 /// Reads the table under "## Import table": `| module | may use | crates behind a wall |`.
 fn parse_table(markdown: &str) -> Rules {

@@ -1,6 +1,8 @@
 //! TLS handshakes in memory, our client with our server, over the certificates of `tests/fixtures/tls/` (`make.sh` there says how they
 //! were made): what is accepted, what is refused, and what each side says about it.
 
+#![allow(clippy::unwrap_used)] // helpers of tests
+
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
