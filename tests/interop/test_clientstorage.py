@@ -4,6 +4,8 @@ import contextlib
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 
@@ -536,6 +538,38 @@ def test_the_cache_file_is_warm(server, tmp_path):
             for oid in oids[1:]:
                 assert storage.load(oid) == (oid * 9, tid)
             assert storage.server_status()["loads"] == loads + 1
+
+
+def test_a_killed_client_leaves_no_wrong_revision(server, tmp_path):
+    """Killed while it loads and is told of changes; whoever goes on with its file sees what the server has."""
+    path = str(tmp_path / "cache.zrc")
+    script = (
+        "import random, sys\n"
+        "from zeo_rs.clientstorage import ClientStorage\n"
+        f"storage = ClientStorage({server.address!r}, cache={path!r}, cache_size=20000, wait_timeout=20)\n"
+        "oids = [bytes.fromhex(oid) for oid in sys.argv[1:]]\n"
+        "print('ready', flush=True)\n"
+        "while True:\n"
+        "    storage.load(random.choice(oids))\n"
+    )
+    with opened(server.address) as writer:
+        oids = [writer.new_oid() for _ in range(40)]
+        tids = dict.fromkeys(oids, commit(writer, *((oid, z64, oid * 20) for oid in oids)))
+        warm = 0
+        for life in range(5):
+            arguments = [sys.executable, "-c", script, *(oid.hex() for oid in oids)]
+            with subprocess.Popen(arguments, stdout=subprocess.PIPE) as child:
+                assert child.stdout.readline() == b"ready\n"
+                for number in range(60):
+                    oid = oids[(number * 7 + life) % 40]
+                    tids[oid] = commit(writer, (oid, tids[oid], b"%d/%d " % (life, number) * 20))
+                child.kill()
+            tids[oids[0]] = commit(writer, (oids[0], tids[oids[0]], b"after %d" % life))
+            with opened(server.address, cache=path, cache_size=20000) as storage:
+                for oid in oids:
+                    assert storage.load(oid) == (writer.loadSerial(oid, tids[oid]), tids[oid])
+                warm += storage.cache_stats()["hits"]
+        assert warm > 0, "the file was used"
 
 
 def test_a_cache_newer_than_the_server_is_moved_aside(tmp_path):
