@@ -85,7 +85,7 @@ pub(crate) fn from_python(py: Python<'_>, error: PyErr) -> StorageError {
         }
     } else if error.is_instance_of::<zodb::ConflictError>(py) {
         if let Ok((oid, committed, read)) = conflict_of() {
-            // the record itself is not part of the exception; the server names the class from what was sent
+            // the record itself is not part of the exception; who has it adds it
             let data = bytes::Bytes::new();
             return StorageError::Conflict(Box::new(Conflict { oid, committed, read, data }));
         }

@@ -209,7 +209,7 @@ impl Storage for ServedStorage {
 
     fn vote(&self, txn: StagedTxn, resolver: &dyn ConflictResolver) -> Result<VoteOutcome> {
         let _ = resolver; // a Python storage resolves by itself, or reports (see `Served`)
-        self.with(|served| {
+        let voted = self.with(|served| {
             let py = served.py();
             let operations = PyList::empty(py);
             for op in &txn.ops {
@@ -247,7 +247,8 @@ impl Storage for ServedStorage {
                 resolved: oids_of(&answer.get_item(2)?)?,
                 state: Box::new(handle),
             }))
-        })
+        });
+        voted.map_err(|error| with_record(error, &txn.ops))
     }
 
     /// The group has one member, because votes are not concurrent.
@@ -386,6 +387,20 @@ impl Sink {
     fn invalidate_all(&self, py: Python<'_>) {
         py.detach(|| self.0.invalidate_all());
     }
+}
+
+/// A conflict with the record that was to be stored, which ZODB's exception does not have: its class is shown to the user.
+fn with_record(mut error: StorageError, ops: &[Op]) -> StorageError {
+    if let StorageError::Conflict(conflict) = &mut error {
+        let stored = ops.iter().find_map(|op| match op {
+            Op::Store { oid, data, .. } if *oid == conflict.oid => Some(data),
+            _ => None,
+        });
+        if let Some(data) = stored {
+            conflict.data = data.clone();
+        }
+    }
+    error
 }
 
 /// Conflict resolution with the application's classes, by ZODB's own code. Loads both revisions, then one call with the GIL.

@@ -12,6 +12,7 @@ import importlib
 import multiprocessing
 import multiprocessing.forkserver
 import os
+import re
 import sys
 import threading
 import unittest
@@ -21,15 +22,15 @@ from unittest import mock
 import ZEO._forker
 import ZEO.ClientStorage
 import ZEO.Exceptions
-import ZEO.runzeo
 import zeo_rs.exceptions
-import ZODB.config
+from zeo_rs.config import load_server_text
+from zeo_rs.serving import start
 
 MODULES = ("ZEO.tests.testZEO", "ZEO.tests.testConnection", "ZEO.tests.test_sync", "ZEO.tests.test_client_side_conflict_resolution")
 
 KINDS = ("zeo", "rust")
 
-multiprocessing.set_forkserver_preload(["ZEO.runzeo", "ZEO.StorageServer", "zeo_rs._zeo", "zeo_rs._served", "ZEO._forker"])
+multiprocessing.set_forkserver_preload(["ZEO.runzeo", "ZEO.StorageServer", "zeo_rs.serving", "zeo_rs._served", "ZEO._forker"])
 
 
 # ---- servers
@@ -47,62 +48,27 @@ def serve(kind, msgpack, config, qin, qout, timeout=None, keep=False, **kw):
                 file.write(text.replace("</zeo>", "msgpack true\n</zeo>", 1))
     if kind == "zeo":
         return ZEO_RUNNER(config, qin, qout, timeout, keep=keep, **kw)
-    options = ZEO.runzeo.ZEOOptions()
-    options.realize(["-C", config])
-    if options.config_logger is not None:
-        options.config_logger()
-    server, storages = start(options)
+    with open(config) as file:
+        text = file.read()
+    settings = load_server_text(text)
+    if settings.eventlog is not None:
+        settings.eventlog()
+    settings.options["shutdown_grace"] = 0
+    server = start(settings)
     os.remove(config)
     qout.put(server.address)
     with contextlib.suppress(Empty):
         qin.get(timeout=timeout)
     server.stop()
     if not keep:
-        for storage in storages:
-            with contextlib.suppress(AttributeError):
-                storage.cleanup()
+        for path in re.findall(r"<filestorage[^>]*>\s*path\s+(\S+)", text):
+            for suffix in ("", ".index", ".lock", ".tmp", ".old"):
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(path + suffix)
     qout.put(False)
 
 
 ZEO_RUNNER = ZEO._forker.runner
-
-
-def start(options):
-    """Our server from ZEO's options; returns it with the Python storages it serves."""
-    from zeo_rs import _zeo
-    from zeo_rs.tls import server_tls
-
-    address = options.address
-    if isinstance(address, tuple):
-        address = address[0], address[1] or 0
-    elif os.path.exists(address):
-        os.unlink(address)
-    storages = [(opener.name, storage_of(opener)) for opener in options.storages]
-    settings = {
-        "read_only": bool(options.read_only),
-        "msgpack": bool(options.msgpack),
-        "client_conflict_resolution": bool(options.client_conflict_resolution),
-        "invalidation_queue_size": options.invalidation_queue_size,
-        "invalidation_age": options.invalidation_age,
-        "transaction_timeout": options.transaction_timeout,
-        "shutdown_grace": 0,
-        "tls": server_tls(options.ssl),
-    }
-    server = _zeo.Server([address], storages, settings)
-    return server, [storage for _, storage in storages if not isinstance(storage, tuple)]
-
-
-def storage_of(opener):
-    """A file storage as our own engine, any other as the Python object."""
-    config, blob_dir = opener.config, None
-    if type(opener) is ZODB.config.BlobStorage and type(config.base) is ZODB.config.FileStorage:
-        blob_dir, config = config.blob_dir, config.base.config
-    elif type(opener) is not ZODB.config.FileStorage:
-        return opener.open()
-    options = {"create": config.create, "read_only": config.read_only, "blob_dir": blob_dir or config.blob_dir}
-    if config.pack_gc is not None:
-        options["pack_gc"] = config.pack_gc
-    return "filestorage", os.path.abspath(config.path), options
 
 
 # ---- patches
@@ -137,7 +103,9 @@ def patch_client(stack):
     connection_tests = sys.modules["ZEO.tests.ConnectionTests"]
     stack.enter_context(mock.patch.object(connection_tests, "TestClientStorage", TestClientStorage))
     stack.enter_context(mock.patch.object(connection_tests, "short_timeout", lambda test: contextlib.nullcontext()))
-    testzeo = sys.modules["ZEO.tests.testZEO"]
+    testssl, testzeo = sys.modules["ZEO.tests.testssl"], sys.modules["ZEO.tests.testZEO"]
+    tls = zeo_rs.TLS(testssl.client_cert, testssl.client_key, None, testssl.server_cert, False)
+    stack.enter_context(mock.patch.object(testssl, "client_ssl", lambda: tls))
     for name in ("ServerManagingClientStorage", "ServerManagingClientStorageForIExternalGCTest"):
         cls = getattr(testzeo, name)
         attributes = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
@@ -167,11 +135,36 @@ class ClientStorage(zeo_rs.ClientStorage):
         threading.Thread(target=vote, daemon=True).start()
         return future
 
+    def _call(self, method, *args):
+        if method == "lastTransaction":
+            self._ping()
+            return self.lastTransaction()
+        assert method == "loadBefore"
+        return self.loadBefore(*args)
+
+    def _wait(self):
+        self._wait_connected(30)
+
+    @property
+    def _cache(self):
+        return _Cache(self)
+
     _connection_generation = 0
 
     def notify_connected(self):
         super().notify_connected()
         self._connection_generation += 1
+
+
+class _Cache:
+    def __init__(self, storage):
+        self._storage = storage
+
+    def __len__(self):
+        return self._storage.cache_stats()["revisions"]
+
+    def contents(self):
+        return range(len(self))
 
 
 class TestClientStorage(ClientStorage):
