@@ -10,7 +10,7 @@
 //! on opening (which looks at the newest transaction) would not see.
 
 use std::fs::File;
-use std::io::{self, BufWriter, Write};
+use std::io::{self, BufReader, BufWriter, Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
@@ -22,6 +22,8 @@ use crate::storage::{Result, StorageError};
 
 const PROTO: [u8; 2] = [0x80, 3];
 const STOP: u8 = b'.';
+/// The file is read in pieces: a few hundred kilobytes of memory whatever its size.
+const READ_SIZE: usize = 256 << 10;
 
 /// NAME + `suffix`.
 pub(super) fn beside(path: &Path, suffix: &str) -> PathBuf {
@@ -161,32 +163,33 @@ fn write_head(out: &mut dyn Write, end: u64) -> io::Result<()> {
 /// it is not in this format, damaged, or has positions that the file cannot have.
 pub(super) fn load(path: &Path) -> Option<(Index, u64)> {
     let file = beside(path, ".index");
-    let bytes = match std::fs::read(&file) {
-        Ok(bytes) => bytes,
+    let source = match File::open(&file) {
+        Ok(source) => source,
         Err(e) if e.kind() == io::ErrorKind::NotFound => return None,
         Err(e) => {
             tracing::warn!("cannot read {}, the data file will be scanned: {e}", file.display());
             return None;
         }
     };
-    let parsed = parse(&bytes);
+    let parsed = parse(BufReader::with_capacity(READ_SIZE, source));
     if parsed.is_none() {
         tracing::warn!("{} is no index of the current format, the data file will be scanned", file.display());
     }
     parsed
 }
 
-fn parse(bytes: &[u8]) -> Option<(Index, u64)> {
-    let mut input = Input(bytes);
+fn parse(source: impl Read) -> Option<(Index, u64)> {
+    let mut input = Input { source, block: Vec::new() };
     let end = input.head()?;
     let index = Index::new();
     let mut last_prefix = None;
     let (mut oids, mut positions) = (Vec::new(), Vec::new());
-    while let Some((prefix, block)) = input.block()? {
+    while let Some(prefix) = input.block()? {
         if last_prefix.is_some_and(|last| last >= prefix) {
             return None;
         }
         last_prefix = Some(prefix);
+        let block = input.block.as_slice();
         let n = block.len() / 8;
         let (suffixes, raw_positions) = block.split_at_checked(2 * n).filter(|_| block.len() % 8 == 0)?;
         // Decoded once, checked without branches: this is most of an opening's time.
@@ -210,30 +213,29 @@ fn position(&[a, b, c, d, e, f]: &[u8; 6]) -> u64 {
     u64::from(u16::from_be_bytes([a, b])) << 32 | u64::from(u32::from_be_bytes([c, d, e, f]))
 }
 
-/// The bytes not parsed yet.
-struct Input<'a>(&'a [u8]);
+struct Input<R> {
+    source: R,
+    /// The block read last.
+    block: Vec<u8>,
+}
 
-impl<'a> Input<'a> {
-    fn take(&mut self, n: usize) -> Option<&'a [u8]> {
-        let (taken, rest) = self.0.split_at_checked(n)?;
-        self.0 = rest;
-        Some(taken)
+impl<R: Read> Input<R> {
+    fn array<const N: usize>(&mut self) -> Option<[u8; N]> {
+        let mut bytes = [0; N];
+        self.source.read_exact(&mut bytes).ok()?;
+        Some(bytes)
     }
 
     fn byte(&mut self) -> Option<u8> {
-        self.take(1)?.first().copied()
+        self.array().map(|[byte]| byte)
     }
 
-    fn proto(&mut self) -> Option<()> {
-        (self.take(2)? == PROTO).then_some(())
-    }
-
-    fn stop(&mut self) -> Option<()> {
-        (self.byte()? == STOP).then_some(())
+    fn expect<const N: usize>(&mut self, bytes: [u8; N]) -> Option<()> {
+        (self.array()? == bytes).then_some(())
     }
 
     fn head(&mut self) -> Option<u64> {
-        self.proto()?;
+        self.expect(PROTO)?;
         let len = match self.byte()? {
             b'K' => 1,
             b'M' => 2,
@@ -241,29 +243,31 @@ impl<'a> Input<'a> {
             0x8a => usize::from(self.byte()?),
             _ => return None,
         };
-        let digits = self.take(len).filter(|_| len <= 8)?;
-        let end = digits.iter().rev().fold(0, |n, &b| n << 8 | u64::from(b));
-        self.stop()?;
-        Some(end)
+        let mut digits = [0; 8];
+        self.source.read_exact(digits.get_mut(..len)?).ok()?;
+        self.expect([STOP])?;
+        Some(u64::from_le_bytes(digits))
     }
 
-    /// The next prefix and block; `Some(None)` at the final `None`.
-    fn block(&mut self) -> Option<Option<(u64, &'a [u8])>> {
-        self.proto()?;
-        let prefix = match self.byte()? {
-            b'N' => return self.stop().map(|()| None),
-            b'C' => self.byte().and_then(|n| self.take(usize::from(n))).filter(|p| p.len() == 6)?,
+    /// Reads the next block; its prefix, or `Some(None)` at the final `None`.
+    fn block(&mut self) -> Option<Option<u64>> {
+        self.expect(PROTO)?;
+        match self.byte()? {
+            b'N' => return self.expect([STOP]).map(|()| None),
+            b'C' => self.expect([6])?,
             _ => return None,
-        };
+        }
+        let [a, b, c, d, e, f] = self.array()?;
         let len = match self.byte()? {
             b'C' => usize::from(self.byte()?),
-            b'B' => u32::from_le_bytes(*self.take(4)?.first_chunk()?) as usize,
+            b'B' => u32::from_le_bytes(self.array()?) as usize,
             _ => return None,
         };
-        let block = self.take(len)?;
-        (self.byte()? == 0x86).then_some(())?;
-        self.stop()?;
-        Some(Some((prefix.iter().fold(0, |n, &b| n << 8 | u64::from(b)), block)))
+        // At most 65536 objects of 8 bytes.
+        self.block.resize(Some(len).filter(|&len| len <= 8 << 16)?, 0);
+        self.source.read_exact(&mut self.block).ok()?;
+        self.expect([0x86, STOP])?;
+        Some(Some(u64::from_be_bytes([0, 0, a, b, c, d, e, f])))
     }
 }
 
@@ -302,7 +306,7 @@ mod tests {
         let entries: Vec<_> =
             (0..3000).map(|i| (i * 40, i + 500)).chain([(1 << 40, 5000), (u64::MAX, 70_000)]).collect();
         for end in [70_001, 1 << 31, 1 << 47] {
-            let (index, found) = parse(&encoded(&entries, end)).unwrap();
+            let (index, found) = parse(&*encoded(&entries, end)).unwrap();
             assert_eq!((found, index.len()), (end, entries.len() as u64));
             assert!(entries.iter().all(|&(o, p)| index.get(Oid(o)) == Some(p)));
         }
@@ -315,14 +319,14 @@ mod tests {
             assert!(parse(&good[..cut]).is_none(), "{cut}");
         }
         let mut early = encoded(&[(1, 200)], 201);
-        assert!(parse(&early).is_some());
+        assert!(parse(&*early).is_some());
         early[3] = 200;
-        assert!(parse(&early).is_none(), "a position at the end");
+        assert!(parse(&*early).is_none(), "a position at the end");
         let swapped = encoded(&[(1, 200), (2, 300)], 1000);
         let at = swapped.windows(4).position(|w| w == [0, 1, 0, 2]).unwrap();
         let mut swapped = swapped;
         swapped[at..at + 4].copy_from_slice(&[0, 2, 0, 1]);
-        assert!(parse(&swapped).is_none(), "oids out of order");
+        assert!(parse(&*swapped).is_none(), "oids out of order");
     }
 
     /// Saving goes on beside commits: positions that are newer than the end it is saved for must not get in.
