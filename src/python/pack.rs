@@ -35,9 +35,11 @@ fn pack_file_storage(
     // the first exception of Python's callbacks, to be raised unchanged
     let raised: Mutex<Option<PyErr>> = Mutex::new(None);
     let lock = CommitLock(commit_lock);
+    let storage = storage.clone().into_any().unbind();
     let packed = py.detach(|| {
         let native = RecordReferences;
-        let python = referencesf.map(|referencesf| PythonReferences { referencesf, raised: &raised });
+        let python =
+            referencesf.map(|referencesf| PythonReferences { referencesf, storage, raised: &raised });
         let references: &dyn References = match &python {
             Some(python) => python,
             None => &native,
@@ -71,9 +73,10 @@ pub(super) fn progress_call(py: Python<'_>, progress: &Py<PyAny>, at: &PackProgr
     Ok(answer.is_none() || answer.is_truthy()?)
 }
 
-/// References found by Python: one GIL transition and one call for each record.
+/// Records read by Python: one GIL transition and one call for each record.
 struct PythonReferences<'a> {
     referencesf: Py<PyAny>,
+    storage: Py<PyAny>,
     raised: &'a Mutex<Option<PyErr>>,
 }
 
@@ -89,6 +92,18 @@ impl References for PythonReferences<'_> {
         found.map_err(|error| {
             locked(self.raised).get_or_insert(error);
             StorageError::Cancelled
+        })
+    }
+
+    /// The storage's `is_blob_record`, which knows the wrapper that transforms records.
+    fn is_blob(&self, record: &[u8]) -> bool {
+        let answer = Python::attach(|py| {
+            let record = PyBytes::new(py, record);
+            self.storage.bind(py).call_method1("is_blob_record", (record,))?.is_truthy()
+        });
+        answer.unwrap_or_else(|error| {
+            locked(self.raised).get_or_insert(error);
+            false
         })
     }
 }

@@ -142,6 +142,11 @@ impl ConflictResolver for NoResolution {
 pub trait References: Send + Sync {
     /// Appends the oids that `record` refers to (strong, same database).
     fn references(&self, record: &[u8], out: &mut Vec<Oid>) -> Result<()>;
+
+    /// Whether the record is that of a blob. A record that cannot be read is not.
+    fn is_blob(&self, record: &[u8]) -> bool {
+        transform::untransform(record).is_ok_and(|record| crate::pickle::class_of::is_blob_record(&record))
+    }
 }
 
 /// Answer of a vote.

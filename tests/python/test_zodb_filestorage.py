@@ -1,6 +1,5 @@
 """ZODB's own storage tests, run against `zeo_rs.FileStorage`."""
 
-import doctest
 import os
 import unittest
 
@@ -132,13 +131,19 @@ def _blob_tests():
 BLOB_TESTS = list(_blob_tests())
 
 
+#: Tests that cannot hold, with the reason.
+NOT_APPLICABLE = {}
+if os.geteuid() == 0:
+    NOT_APPLICABLE["blob_transaction_txt"] = "expects a read-only file not to be writable, which it is for root (fails with ZODB, too)"
+
+
 @pytest.mark.parametrize("test", BLOB_TESTS, ids=lambda test: test.id().rpartition("/")[2])
 def test_zodb_suite(test, tmp_path, monkeypatch):
+    if test.id() in NOT_APPLICABLE:
+        pytest.skip(NOT_APPLICABLE[test.id()])
     monkeypatch.chdir(tmp_path)
     result = unittest.TestResult()
     test.run(result)
     problems = [text for _, text in result.failures + result.errors]
     assert result.testsRun == 1 and not problems, "\n".join(problems)
 
-
-assert doctest and os

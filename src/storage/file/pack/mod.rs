@@ -34,8 +34,6 @@ use super::pace::Pace;
 use super::snapshot::Snapshot;
 use super::{FileStorage, Packed, lock};
 use crate::ids::{Oid, Tid};
-use crate::pickle::class_of::is_blob_record;
-use crate::storage::transform::untransform;
 use crate::storage::{PackOptions, References, Result, StorageError, WholeStorageLock};
 
 /// Writers are stopped when at most so much is left to be copied: a few milliseconds.
@@ -61,6 +59,8 @@ struct Job<'a> {
     stop: Tid,
     /// `None`: no garbage collection.
     references: Option<&'a dyn References>,
+    /// Reads records, whether or not garbage is collected.
+    records: &'a dyn References,
     whole: &'a dyn WholeStorageLock,
     files: Files,
 }
@@ -88,7 +88,8 @@ impl FileStorage {
         let files = Files::of(&self.path);
         let mut pace = Pace::new(options.progress, options.throttle);
         let references = gc.then_some(options.references);
-        let mut job = Job { snapshot, name: &name, stop, references, whole, files };
+        let records = options.references;
+        let mut job = Job { snapshot, name: &name, stop, references, records, whole, files };
         for attempt in 1.. {
             if attempt > GC_ATTEMPTS {
                 job.references = None;
@@ -145,8 +146,9 @@ impl FileStorage {
         let out = Output::new(self.create_packed(&job.files)?, job.files.packed.display().to_string());
         let mut copier = Copier::new(out, source, name, pack_pos, &marked)?;
         pace.enter("copy", snapshot.end(), 0)?;
+        let records = job.records;
         let mut dropped = |oid, tid, data: &[u8]| match &mut removals {
-            Some(removals) if is_blob(data) => removals.add(oid, tid),
+            Some(removals) if records.is_blob(data) => removals.add(oid, tid),
             _ => Ok(()),
         };
         let is_newest = pack_pos == snapshot.end();
@@ -250,8 +252,4 @@ fn same_access(packed: &File, data: &Path) -> io::Result<()> {
         Err(e) if e.kind() == io::ErrorKind::PermissionDenied => Ok(()),
         result => result,
     }
-}
-
-fn is_blob(data: &[u8]) -> bool {
-    untransform(data).is_ok_and(|data| is_blob_record(&data))
 }
