@@ -26,6 +26,7 @@ def arguments():
                         help="where generated databases are kept and servers work (default %(default)s)")
     parser.add_argument("--out", help="where tables and plots are written (default docs/benchmarks, or target/bench-out"
                         " with --quick or --only)")
+    parser.add_argument("--update", action="store_true", help="keep what results.json in DIR has and replace what is measured anew")
     options = parser.parse_args()
     options.kinds = options.kinds.split(",")
     for name in options.only:
@@ -61,7 +62,7 @@ def main():
     finally:
         bench.close()
         if bench.results:
-            text = report.write(options.out, env, bench.results)
+            text = report.write(options.out, env, bench.results, options.update)
             print(f"\n{text}\n{time.monotonic() - started:.0f} s; written to {options.out}")
     sys.exit(1 if bench.broken else 0)
 

@@ -40,6 +40,10 @@ class Limits:
     def roundtrips_per_second(self, connections, request=LOAD[0], reply=LOAD[1]):
         return self._run("roundtrip", request, reply, 40000 // connections, connections)["per_second"]
 
+    def peer_cpu(self, connections, request=LOAD[0], reply=LOAD[1]):
+        """Seconds of CPU that answering one round trip costs a process that does nothing else."""
+        return self._run("roundtrip", request, reply, 40000 // connections, connections)["peer_cpu"]
+
     def stream(self, size):
         """Seconds to send `size` bytes over loopback and have them acknowledged by the reader."""
         return self._run("stream", size)["seconds"]

@@ -93,10 +93,24 @@ fn roundtrip(request: usize, reply: usize, count: usize, connections: usize) -> 
         thread.join().map_err(|_| std::io::Error::other("thread"))??;
     }
     let elapsed = start.elapsed().as_secs_f64();
+    let cpu = cpu_of(child.id())?;
     drop(child.stdin.take());
     child.wait()?;
-    println!("{{\"seconds\": {}, \"per_second\": {}}}", elapsed / count as f64, (count * connections) as f64 / elapsed);
+    let total = (count * connections) as f64;
+    println!(
+        "{{\"seconds\": {}, \"per_second\": {}, \"peer_cpu\": {}}}",
+        elapsed / count as f64,
+        total / elapsed,
+        cpu / (total + (100 * connections) as f64)
+    );
     Ok(())
+}
+
+/// CPU seconds of a process with its ended threads, to a hundredth (the ticks of /proc/PID/stat).
+fn cpu_of(pid: u32) -> Result<f64> {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    let fields = text.rsplit(')').next().unwrap_or_default().split_whitespace();
+    Ok(fields.skip(11).take(2).filter_map(|ticks| ticks.parse::<f64>().ok()).sum::<f64>() / 100.0)
 }
 
 /// Peer of `stream`: reads `bytes`, then answers one byte.

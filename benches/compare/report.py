@@ -199,9 +199,21 @@ def _tails(plt, directory, results):
     _save(plt, figure, directory, "tails")
 
 
-def write(directory, env, results, name="results"):
+def merged(old, new):
+    """New results in the places of the old ones of the same name, others behind their family."""
+    replaced = {(r["family"], r["name"]): r for r in new}
+    both = [replaced.pop((r["family"], r["name"]), r) for r in old] + list(replaced.values())
+    order = list(dict.fromkeys(r["family"] for r in both))
+    return sorted(both, key=lambda r: order.index(r["family"]))
+
+
+def write(directory, env, results, update=False, name="results"):
     os.makedirs(directory, exist_ok=True)
-    with open(os.path.join(directory, f"{name}.json"), "w") as f:
+    path = os.path.join(directory, f"{name}.json")
+    if update and os.path.exists(path):
+        with open(path) as f:
+            results = merged(json.load(f)["results"], results)
+    with open(path, "w") as f:
         json.dump({"environment": env, "results": results}, f, indent=1)
         f.write("\n")
     text = markdown(env, results)

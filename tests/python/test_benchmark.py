@@ -41,6 +41,14 @@ def test_distance_from_the_limit():
     assert report.distance(result("higher", [1], [50], limit=100, unit="1/s")) == 2
 
 
+def test_an_update_replaces_by_name_and_keeps_families_together():
+    def named(family, name, value):
+        return dict(result("lower", [value], []), family=family, name=name)
+    old = [named("a", "x", 1), named("b", "y", 2)]
+    got = report.merged(old, [named("a", "z", 3), named("b", "y", 4)])
+    assert [(r["family"], r["name"], r["values"]["zeo/zeo"]) for r in got] == [("a", "x", [1]), ("a", "z", [3]), ("b", "y", [4])]
+
+
 def test_cell_shows_median_and_half_the_range():
     assert report.cell([90, 100, 130]) == "100 ±20%"
     assert report.cell([]) == "–"
