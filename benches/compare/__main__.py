@@ -26,6 +26,7 @@ def arguments():
                         help="where generated databases are kept and servers work (default %(default)s)")
     parser.add_argument("--out", help="where tables and plots are written (default docs/benchmarks, or target/bench-out"
                         " with --quick or --only)")
+    parser.add_argument("--note", default="", help="a sentence about this run, for the head of the tables")
     parser.add_argument("--update", action="store_true", help="keep what results.json in DIR has and replace what is measured anew")
     options = parser.parse_args()
     options.kinds = options.kinds.split(",")

@@ -98,7 +98,7 @@ def markdown(env, results):
     out = ["# Measured beside the peers", "",
            f"Made by `scripts/bench` on {env['date']}, commit {env['commit']}: {env['cpu']}, {env['memory_gb']} GB,"
            f" Linux {env['kernel']}, Python {env['python']}, {packages}. Load average before the run:"
-           f" {env['load_before']:.1f}.", "",
+           f" {env['load_before']:.1f}. {env.get('options', {}).get('note', '')}".rstrip(), "",
            "`a/b` is client a with server b. Medians of the rounds with half the distance between the outermost rounds."
            " The ratio says how many times better zeo-rs is than its peer; the limit is the machine's own for the same"
            " bytes, measured in the same run, and the last column says how many times the limit zeo-rs needs."
@@ -143,20 +143,23 @@ def _save(plt, figure, directory, name):
 
 
 def _ratios(plt, directory, results):
+    import matplotlib.ticker
     rows = [(f"{r['name']}", ratio(r, *_columns(r))) for r in results]
     rows = [(name, value) for name, value in rows if value]
     if not rows:
         return
-    figure, axes = plt.subplots(figsize=(8, 0.6 + 0.24 * len(rows)))
+    figure, axes = plt.subplots(figsize=(10, 0.8 + 0.22 * len(rows)))
     names, values = zip(*reversed(rows))
-    axes.barh(names, values, color=["#2a7f62" if v >= 1 else "#b5482f" for v in values], height=0.7)
+    axes.barh(names, [v - 1 for v in values], left=1, height=0.7, color=["#2a7f62" if v >= 0.95 else "#b5482f" for v in values])
     axes.set_xscale("log")
     axes.axvline(1, color="black", linewidth=0.8)
     for place, value in enumerate(values):
-        axes.annotate(f" {value:.1f}", (value, place), va="center", ha="left" if value >= 1 else "right", fontsize=8)
-    axes.set_xlim(min(0.5, min(values) / 1.6), max(values) * 1.6)
+        axes.annotate(f"{value:.1f}", (value, place), xytext=(4 if value >= 1 else -4, 0), textcoords="offset points",
+                      va="center", ha="left" if value >= 1 else "right", fontsize=8)
+    axes.set_xlim(min(0.7, min(values) / 1.5), max(values) * 1.7)
+    axes.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
     axes.set_ylim(-0.6, len(rows) - 0.4)
-    axes.set_xlabel("times better than the peer (logarithmic; right of the line zeo-rs is better)")
+    axes.set_title("How many times better than its peer zeo-rs is", fontsize=10)
     _save(plt, figure, directory, "ratios")
 
 
