@@ -10,6 +10,7 @@ __all__ = [
     "AsyncClient",
     "ClientStorageBase",
     "_after_fork_in_child",
+    "cache_file_stats",
     "FileStorageBase",
     "_Transactions",
     "_Records",
@@ -169,6 +170,7 @@ class Server:
     def status(self, /) -> str: ...
     def stop(self, /) -> None: ...
 
+def cache_file_stats(path: _Path) -> dict[str, Any] | None: ...
 def check_file(
     path: _Path,
     fault: Callable[[dict[str, Any]], object],

@@ -154,10 +154,30 @@ fn read_or_discard(cache: &Cache, path: &Path) -> io::Result<(u64, Tid)> {
         }
         return Ok((0, Tid::ZERO));
     }
+    let (length, last_tid) = replay(cache, &mut reader, size, |_| {})?;
+    if length < size {
+        tracing::info!(path = %path.display(), at = length, of = size, "the cache file ends in the middle of a record");
+    }
+    if last_tid == Tid::ZERO {
+        // Without a last tid nobody can tell what is stale.
+        cache.remove_all();
+        return Ok((0, last_tid));
+    }
+    Ok((length, last_tid))
+}
+
+/// Does to `cache` what the records say, up to the first that is not whole. Their length with the magic, their last tid.
+fn replay(
+    cache: &Cache,
+    reader: &mut impl Read,
+    size: u64,
+    mut seen: impl FnMut(&Event),
+) -> io::Result<(u64, Tid)> {
     let (mut length, mut last_tid) = (MAGIC.len() as u64, Tid::ZERO);
-    while let Some((body, whole)) = read_record(&mut reader, size - length)? {
+    while let Some((body, whole)) = read_record(reader, size - length)? {
         let Some(event) = parse(body) else { break };
         length += whole;
+        seen(&event);
         match event {
             Event::Revision { oid, tid, end, data } => {
                 cache.insert(oid, tid, end, data);
@@ -168,15 +188,60 @@ fn read_or_discard(cache: &Cache, path: &Path) -> io::Result<(u64, Tid)> {
             Event::MoveAside | Event::Close(_) => {}
         }
     }
-    if length < size {
-        tracing::info!(path = %path.display(), at = length, of = size, "the cache file ends in the middle of a record");
-    }
-    if last_tid == Tid::ZERO {
-        // Without a last tid nobody can tell what is stale.
-        cache.remove_all();
-        return Ok((0, last_tid));
-    }
     Ok((length, last_tid))
+}
+
+/// What a cache file holds.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct FileStats {
+    pub file_bytes: u64,
+    /// Up to the first record that is not whole.
+    pub whole_bytes: u64,
+    pub last_tid: Tid,
+    /// Revisions and invalidations written since the file was last rewritten.
+    pub stores: u64,
+    pub invalidations: u64,
+    pub objects: u64,
+    pub revisions: u64,
+    pub current: u64,
+    pub data_bytes: u64,
+    pub largest: u64,
+    /// What a cache needs to keep all of it.
+    pub cache_bytes: u64,
+}
+
+/// Reads a cache file, also one in use; changes nothing. `None`: it is none of ours.
+///
+/// # Errors
+/// The file cannot be read.
+pub fn inspect(path: &Path) -> io::Result<Option<FileStats>> {
+    let file = File::open(path)?;
+    let mut stats = FileStats { file_bytes: file.metadata()?.len(), ..FileStats::default() };
+    let mut reader = BufReader::with_capacity(1 << 20, file);
+    let mut magic = [0; MAGIC.len()];
+    if reader.read_exact(&mut magic).is_err() || magic != MAGIC {
+        return Ok(None);
+    }
+    let cache = Cache::new(usize::MAX / 2);
+    let (mut stores, mut invalidations) = (0, 0);
+    (stats.whole_bytes, stats.last_tid) =
+        replay(&cache, &mut reader, stats.file_bytes, |event| match event {
+            Event::Revision { .. } => stores += 1,
+            Event::Invalidate { .. } => invalidations += 1,
+            _ => {}
+        })?;
+    (stats.stores, stats.invalidations) = (stores, invalidations);
+    let mut objects = rustc_hash::FxHashSet::default();
+    cache.for_each(|oid, _, end, data| {
+        objects.insert(oid);
+        stats.revisions += 1;
+        stats.current += u64::from(end.is_none());
+        stats.data_bytes += data.len() as u64;
+        stats.largest = stats.largest.max(data.len() as u64);
+    });
+    stats.objects = objects.len() as u64;
+    stats.cache_bytes = cache.bytes() as u64;
+    Ok(Some(stats))
 }
 
 /// The next whole record: its body, and its length in the file. `left` bounds what a damaged length can ask for.

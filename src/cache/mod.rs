@@ -29,7 +29,7 @@ use crate::storage::Loaded;
 use journal::{Event, Journal};
 use shard::Shard;
 
-pub use journal::Opened;
+pub use journal::{FileStats, Opened, inspect};
 pub use shard::NODE_OVERHEAD;
 
 /// Bytes of cache for which another shard is worth its lock.

@@ -257,7 +257,7 @@ mod file {
     use proptest::prelude::*;
 
     use super::{Cache, Database, Oid, Step, Tid, check, steps};
-    use crate::cache::Opened;
+    use crate::cache::{Opened, inspect};
 
     /// Applies steps as a client does, with the last tid after every transaction.
     fn run(cache: &Cache, database: &mut Database, steps: &[Step]) {
@@ -389,8 +389,14 @@ mod file {
             cache.set_last_tid(Tid(tid));
         }
         cache.close();
-        assert!(fs::metadata(&path).unwrap().len() < 2 * max as u64 + (2 << 20));
         let kept = cache.len();
+        let stats = inspect(&path).unwrap().unwrap();
+        assert!(stats.file_bytes < 2 * max as u64 + (2 << 20), "{stats:?}");
+        assert_eq!((stats.file_bytes, stats.last_tid), (fs::metadata(&path).unwrap().len(), Tid(3999)));
+        assert_eq!((stats.whole_bytes, stats.largest), (stats.file_bytes, 1000));
+        assert!(stats.current <= 300 && stats.revisions >= kept as u64 / 2, "{stats:?}");
+        fs::write(directory.path().join("other"), "ZEC3 and so on").unwrap();
+        assert_eq!(inspect(&directory.path().join("other")).unwrap(), None);
         let (again, opened) = Cache::open(&path, max).unwrap();
         assert!(matches!(opened, Opened::Warm(Tid(3999))) && again.len() > kept / 2, "{opened:?}");
         assert!(again.load_before(Oid(3999 % 300), Tid(4000)).is_some());

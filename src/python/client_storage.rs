@@ -62,10 +62,34 @@ impl Life {
 pub(crate) fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_class::<ClientStorageBase>()?;
     m.add_function(wrap_pyfunction!(_after_fork_in_child, m)?)?;
+    m.add_function(wrap_pyfunction!(cache_file_stats, m)?)?;
     let keywords = PyDict::new(m.py());
     keywords.set_item("after_in_child", m.getattr("_after_fork_in_child")?)?;
     m.py().import("os")?.call_method("register_at_fork", (), Some(&keywords))?;
     Ok(())
+}
+
+/// What a cache file holds, as a dict; `None` if the file is no cache of zeo_rs. The file may be in use.
+#[pyfunction]
+fn cache_file_stats(py: Python<'_>, path: PathBuf) -> PyResult<Option<Bound<'_, PyDict>>> {
+    let Some(stats) = py.detach(|| crate::cache::inspect(&path))? else { return Ok(None) };
+    let dict = PyDict::new(py);
+    for (key, value) in [
+        ("file_bytes", stats.file_bytes),
+        ("whole_bytes", stats.whole_bytes),
+        ("stores", stats.stores),
+        ("invalidations", stats.invalidations),
+        ("objects", stats.objects),
+        ("revisions", stats.revisions),
+        ("current", stats.current),
+        ("data_bytes", stats.data_bytes),
+        ("largest", stats.largest),
+        ("cache_bytes", stats.cache_bytes),
+    ] {
+        dict.set_item(key, value)?;
+    }
+    dict.set_item("last_tid", tid_bytes(py, stats.last_tid))?;
+    Ok(Some(dict))
 }
 
 #[pyfunction]

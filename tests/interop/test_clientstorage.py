@@ -1,6 +1,7 @@
 """``zeo_rs.ClientStorage`` against ZEO's own server, as ZODB and its users call it."""
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -530,6 +531,11 @@ def test_the_cache_file_is_warm(server, tmp_path):
             with opened(server.address, cache=str(path)) as second:
                 assert second.cache_stats()["revisions"] == 0
                 assert second.load(oids[0]) == (oids[0] * 9, tid)
+        out = subprocess.run(
+            [sys.executable, "-m", "zeo_rs.cli", "cache-stats", "--json", path], capture_output=True, check=True
+        )
+        stats = json.loads(out.stdout)
+        assert (stats["current"], stats["last_tid"], stats["largest"]) == (50, tid.hex(), 72)
         changed = commit(writer, (oids[0], tid, b"changed"))
         with opened(server.address, client="cache", var=str(tmp_path), cache=str(path)) as storage:
             assert storage.lastTransaction() == changed
