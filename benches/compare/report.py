@@ -9,6 +9,7 @@ import time
 
 UNITS = {"us": "µs", "us/load": "µs/load"}
 SPEEDS = ("ns", "us", "ms", "us/load", "1/s", "MB", "bytes")      # units of which less or more is plainly better
+NOISE_MB = 8                                                      # a growth below this is the allocator's and chance
 
 
 def number(value):
@@ -38,6 +39,8 @@ def ratio(result, key="rs/rs", base="zeo/zeo"):
     """How many times better than the peer: above 1 is better whatever the unit."""
     ours, theirs = median(result, key), median(result, base)
     if not ours or not theirs or result["unit"] not in SPEEDS:
+        return None
+    if result["unit"] == "MB" and max(ours, theirs) < NOISE_MB:
         return None
     return ours / theirs if result["better"] == "higher" else theirs / ours
 
@@ -150,7 +153,8 @@ def _ratios(plt, directory, results):
         return
     figure, axes = plt.subplots(figsize=(10, 0.8 + 0.22 * len(rows)))
     names, values = zip(*reversed(rows))
-    axes.barh(names, [v - 1 for v in values], left=1, height=0.7, color=["#2a7f62" if v >= 0.95 else "#b5482f" for v in values])
+    axes.set_yticks(range(len(rows)), names)                  # by place: two families may use one name
+    axes.barh(range(len(rows)), [v - 1 for v in values], left=1, height=0.7, color=["#2a7f62" if v >= 0.95 else "#b5482f" for v in values])
     axes.set_xscale("log")
     axes.axvline(1, color="black", linewidth=0.8)
     for place, value in enumerate(values):
@@ -190,7 +194,7 @@ def _tails(plt, directory, results):
     rows = [r for r in results if r["family"] == "tails" and r["name"].endswith(" p99")]
     if not rows:
         return
-    figure, axes = plt.subplots(figsize=(7, 3.6))
+    figure, axes = plt.subplots(figsize=(8.5, 3.6))
     names = [r["name"].removeprefix("load ").removesuffix(" p99") for r in rows]
     for offset, key, colour in ((-0.2, "zeo/zeo", "#777777"), (0.2, "rs/rs", "#2a7f62")):
         axes.bar([i + offset for i in range(len(rows))], [median(r, key) or 0 for r in rows], 0.38,
