@@ -427,9 +427,9 @@ async fn save_indexes(shared: Arc<Shared>, mut stopped: watch::Receiver<bool>) {
                 continue;
             }
             let storage = Arc::clone(&hub.storage);
-            match tokio::task::spawn_blocking(move || storage.checkpoint()).await {
-                Ok(Err(error)) => tracing::warn!(storage = %hub.id, %error, "the index cannot be saved"),
-                Ok(Ok(())) | Err(_) => {}
+            let saved = tokio::task::spawn_blocking(move || storage.checkpoint()).await;
+            if let Ok(Err(error)) = saved {
+                tracing::warn!(storage = %hub.id, %error, "the index cannot be saved");
             }
         }
     }

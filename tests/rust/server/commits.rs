@@ -66,7 +66,7 @@ fn a_vote_on_the_same_object_waits_and_reads_the_invalidation_first() {
     // A waiting client is served, but may not vote again.
     assert_eq!(
         b.vote(1).unwrap_err().data,
-        Value::Tuple(vec!["Already voting (waiting)".into()]).as_sent(b.encoding)
+        Value::Tuple(vec!["Already voting (waiting)".into()]).sent_as(b.encoding)
     );
     assert_eq!(b.load(1, Tid::MAX).unwrap().unwrap().1, first);
     let next = send_vote(&mut c, 1);
@@ -89,12 +89,12 @@ fn a_vote_on_the_same_object_waits_and_reads_the_invalidation_first() {
 }
 
 trait AsSent {
-    fn as_sent(self, encoding: Encoding) -> Self;
+    fn sent_as(self, encoding: Encoding) -> Self;
 }
 
 impl AsSent for Value {
     /// Tuples and lists are the same in `M5`.
-    fn as_sent(self, encoding: Encoding) -> Self {
+    fn sent_as(self, encoding: Encoding) -> Self {
         match self {
             Self::List(items) if encoding == Encoding::Msgpack => Self::Tuple(items),
             other => other,

@@ -141,7 +141,8 @@ fn every_connection_reads_one_history() {
 }
 
 fn write_group(server: &ServerHandle, group: u64, until: Instant) {
-    let mut peer = Peer::new(server, if group % 2 == 0 { Encoding::Pickle } else { Encoding::Msgpack });
+    let mut peer =
+        Peer::new(server, if group.is_multiple_of(2) { Encoding::Pickle } else { Encoding::Msgpack });
     let mut serial = Tid::ZERO;
     let mut count = 0u64;
     while Instant::now() < until {
@@ -171,7 +172,8 @@ fn same_in(encoding: Encoding, list: Value) -> Value {
 }
 
 fn read_and_check(server: &ServerHandle, seed: u64, until: Instant) {
-    let mut peer = Peer::new(server, if seed % 2 == 0 { Encoding::Pickle } else { Encoding::Msgpack });
+    let mut peer =
+        Peer::new(server, if seed.is_multiple_of(2) { Encoding::Pickle } else { Encoding::Msgpack });
     let mut random = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     let mut view = peer.registered;
     // Last invalidation of each object, as far as this connection has been told.
