@@ -149,12 +149,6 @@ class ClientStorage(zeo_rs.ClientStorage):
     def _cache(self):
         return _Cache(self)
 
-    _connection_generation = 0
-
-    def notify_connected(self):
-        super().notify_connected()
-        self._connection_generation += 1
-
 
 class _Cache:
     def __init__(self, storage):
