@@ -10,6 +10,7 @@
 //! Sequential oids therefore need about 8 bytes each, random ones about 16. When a full leaf holds half a chunk's
 //! oids, they move into a chunk; nothing moves back.
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
@@ -128,17 +129,29 @@ impl Index {
         self.scan(from.0, &mut |oid, pos| visit(Oid(oid), pos));
     }
 
-    /// Appends objects in ascending order, faster than one `insert` each and without moving any of them later.
-    pub fn extend_sorted(&self, run: impl IntoIterator<Item = (Oid, u64)>) {
-        let mut group: Vec<(u64, u64)> = Vec::with_capacity(CHUNK);
-        for (oid, pos) in run {
-            if group.last().is_some_and(|&(last, _)| last / CHUNK as u64 != oid.0 / CHUNK as u64) {
-                self.insert_group(&group);
-                group.clear();
-            }
-            group.push((oid.0, pos));
+    /// Adds a block of an index file: objects with the oids `prefix` and suffixes of two bytes, ascending, and their
+    /// positions. `false` if a position is not `possible`; then the index is of no use any more.
+    ///
+    /// Cost of a full chunk: one pass that decodes the positions into its table.
+    pub(super) fn extend_block(
+        &self,
+        prefix: u64,
+        mut suffixes: &[[u8; 2]],
+        mut positions: &[[u8; 6]],
+        possible: Range<u64>,
+    ) -> bool {
+        let mut ok = true;
+        while let Some([first, _]) = suffixes.first() {
+            let len = suffixes.partition_point(|[high, _]| high >> 2 == first >> 2);
+            let (Some((group, rest)), Some((places, others))) =
+                (suffixes.split_at_checked(len), positions.split_at_checked(len))
+            else {
+                return false;
+            };
+            ok &= self.extend_chunk(prefix << 16, group, places, &possible);
+            (suffixes, positions) = (rest, others);
         }
-        self.insert_group(&group);
+        ok
     }
 
     /// Bytes of memory held.
@@ -153,20 +166,47 @@ impl Index {
         size_of_val(&*self.top) + chunked + self.read().memory()
     }
 
-    /// Inserts objects of one chunk, ascending. Half a chunk or more makes it a chunk at once: no atomic operation for
-    /// each object, which is what makes loading an index file a copy.
-    fn insert_group(&self, group: &[(u64, u64)]) {
-        let Some(&(first, _)) = group.first() else { return };
-        if group.len() >= CHUNK_MIN && self.slot(first).is_none() {
-            let mut sparse = self.write();
-            if let Some(added) = self.make_chunk(&mut sparse, first, group) {
-                self.count.fetch_add(added, Ordering::Relaxed);
-                return;
+    /// The part of a block that belongs to one chunk. Half a chunk or more makes it a chunk at once.
+    fn extend_chunk(&self, base: u64, group: &[[u8; 2]], places: &[[u8; 6]], possible: &Range<u64>) -> bool {
+        let mut ok = true;
+        let mut decode = |place: &[u8; 6]| {
+            let pos = unpack(*place);
+            ok &= possible.contains(&pos);
+            pos
+        };
+        let suffix = |bytes: &[u8; 2]| u16::from_be_bytes(*bytes);
+        let first = base | group.first().map_or(0, |bytes| u64::from(suffix(bytes)) & !(CHUNK as u64 - 1));
+        let sparse = self.write();
+        let is_new = self.slot(first).is_none() && !sparse.has_any(first, first + (CHUNK as u64 - 1));
+        match self.place(first).filter(|_| is_new && group.len() >= CHUNK_MIN) {
+            Some((mid, at)) => {
+                let chunk: Chunk = if group.len() == CHUNK {
+                    places.iter().map(|place| AtomicU64::new(decode(place))).collect()
+                } else {
+                    let mut chunk: Chunk = (0..CHUNK).map(|_| AtomicU64::new(0)).collect();
+                    for (bytes, place) in group.iter().zip(places) {
+                        if let Some(slot) = chunk.get_mut(usize::from(suffix(bytes)) % CHUNK) {
+                            *slot.get_mut() = decode(place);
+                        }
+                    }
+                    chunk
+                };
+                let mid = mid.get_or_init(|| (0..CHUNK).map(|_| OnceLock::new()).collect());
+                if mid.get(at).is_some_and(|cell| cell.set(chunk).is_ok()) {
+                    self.count.fetch_add(group.len() as u64, Ordering::Relaxed);
+                }
+            }
+            None => {
+                drop(sparse);
+                for (bytes, place) in group.iter().zip(places) {
+                    let pos = decode(place);
+                    if possible.contains(&pos) {
+                        self.insert(Oid(base | u64::from(suffix(bytes))), pos);
+                    }
+                }
             }
         }
-        for &(oid, pos) in group {
-            self.insert(Oid(oid), pos);
-        }
+        ok
     }
 
     fn insert_sparse(&self, oid: u64, pos: u64) -> Option<u64> {
@@ -182,31 +222,27 @@ impl Index {
                 sparse.split(leaf);
             }
             for first in ranges {
-                self.make_chunk(&mut sparse, first, &[]);
+                self.make_chunk(&mut sparse, first);
             }
         }
         old
     }
 
-    /// Makes the chunk of `oid`, moves its objects there and adds those of `group`; answers how many of them are new.
-    /// Readers find an object at every moment: it is in the chunk before the chunk is visible, and leaves the leaves
-    /// afterwards, under the lock. `None` if `oid` cannot have a chunk, or has one.
-    fn make_chunk(&self, sparse: &mut Sparse, oid: u64, group: &[(u64, u64)]) -> Option<u64> {
+    /// Makes the chunk of `oid` and moves its objects there. Readers find an object at every moment: it is in the chunk
+    /// before the chunk is visible, and leaves the leaves afterwards, under the lock.
+    fn make_chunk(&self, sparse: &mut Sparse, oid: u64) {
         let first = oid & !(CHUNK as u64 - 1);
-        let (mid, at) = self.place(oid)?;
-        let mut chunk: Chunk = (0..CHUNK).map(|_| AtomicU64::new(0)).collect();
-        let mut set = |oid: u64, pos| {
-            let slot = chunk.get_mut((oid - first) as usize).map(AtomicU64::get_mut)?;
-            Some(std::mem::replace(slot, pos))
-        };
+        let Some((mid, at)) = self.place(oid) else { return };
+        let chunk: Chunk = (0..CHUNK).map(|_| AtomicU64::new(0)).collect();
         sparse.visit_range(first, first + CHUNK as u64, &mut |oid, pos| {
-            set(oid, pos);
+            if let Some(slot) = chunk.get((oid - first) as usize) {
+                slot.store(pos, Ordering::Relaxed);
+            }
         });
-        let added = group.iter().filter(|&&(oid, pos)| set(oid, pos) == Some(0)).count();
         let mid = mid.get_or_init(|| (0..CHUNK).map(|_| OnceLock::new()).collect());
-        mid.get(at)?.set(chunk).ok()?;
-        sparse.remove_range(first, first + CHUNK as u64);
-        Some(added as u64)
+        if mid.get(at).is_some_and(|cell| cell.set(chunk).is_ok()) {
+            sparse.remove_range(first, first + CHUNK as u64);
+        }
     }
 
     fn place(&self, oid: u64) -> Option<(&OnceLock<Mid>, usize)> {
@@ -378,6 +414,15 @@ impl Sparse {
         self.leaves.insert(at + 1, right);
     }
 
+    /// Whether there are objects in `first..=last`.
+    fn has_any(&self, first: u64, last: u64) -> bool {
+        let at = self.leaf_of(first);
+        self.leaves.get(at..).unwrap_or_default().iter().take(2).any(|leaf| {
+            let next = leaf.oids.partition_point(|&oid| oid < first);
+            leaf.oids.get(next).is_some_and(|&oid| oid <= last)
+        })
+    }
+
     fn visit_range(&self, from: u64, to: u64, visit: &mut dyn FnMut(u64, u64)) {
         for leaf in self.leaves.iter().skip(self.leaf_of(from)).take_while(|leaf| leaf.first() < to) {
             let start = leaf.oids.partition_point(|&oid| oid < from);
@@ -453,7 +498,7 @@ mod tests {
 
     /// Oids that crowd chunks, straddle the end of the chunked range, and lie far apart.
     fn oids() -> impl Strategy<Value = u64> {
-        prop_oneof![4 => 0..4096u64, 1 => CHUNKED - 700..CHUNKED + 700, 1 => any::<u64>(), 1 => Just(u64::MAX)]
+        prop_oneof![6 => 0..2600u64, 3 => 0..1024u64, 1 => CHUNKED - 700..CHUNKED + 700, 1 => any::<u64>(), 1 => Just(u64::MAX)]
     }
 
     proptest! {
@@ -467,7 +512,12 @@ mod tests {
             let (index, mut model) = (Index::new(), BTreeMap::new());
             if sorted {
                 model.extend(changes.iter().map(|&(oid, pos)| (oid, pos + 1)));
-                index.extend_sorted(model.iter().map(|(&oid, &pos)| (Oid(oid), pos)));
+                let all: Vec<_> = model.iter().map(|(&oid, &pos)| (oid, pos)).collect();
+                for block in all.chunk_by(|a, b| a.0 >> 16 == b.0 >> 16) {
+                    let suffixes: Vec<_> = block.iter().map(|&(oid, _)| (oid as u16).to_be_bytes()).collect();
+                    let positions: Vec<_> = block.iter().map(|&(_, pos)| pack(pos)).collect();
+                    prop_assert!(index.extend_block(block[0].0 >> 16, &suffixes, &positions, 1..u64::MAX));
+                }
             } else {
                 for (oid, pos) in changes {
                     // Position 0 stands for a removal.
