@@ -26,8 +26,9 @@ use crate::net::tls::{ServerTls, TlsError};
 use crate::storage::{Storage, StorageError};
 
 const BACKLOG: i32 = 1024;
-/// A peer that does not acknowledge for this long is gone (half-open connections, pulled cables).
-const PEER_SILENCE: Duration = Duration::from_secs(30);
+/// A peer that acknowledges nothing, or takes in nothing of what waits for it, for this long is gone (half-open
+/// connections, pulled cables, stopped processes).
+const PEER_SILENCE: Duration = Duration::from_secs(60);
 
 /// Why a server could not be started or stopped.
 #[derive(Debug, thiserror::Error)]
@@ -427,8 +428,7 @@ async fn save_indexes(shared: Arc<Shared>, mut stopped: watch::Receiver<bool>) {
                 continue;
             }
             let storage = Arc::clone(&hub.storage);
-            let saved = tokio::task::spawn_blocking(move || storage.checkpoint()).await;
-            if let Ok(Err(error)) = saved {
+            if let Ok(Err(error)) = tokio::task::spawn_blocking(move || storage.checkpoint()).await {
                 tracing::warn!(storage = %hub.id, %error, "the index cannot be saved");
             }
         }
@@ -490,7 +490,7 @@ fn set_options(stream: &TcpStream) -> io::Result<()> {
     stream.set_nodelay(true)?;
     let socket = SockRef::from(stream);
     let keepalive =
-        TcpKeepalive::new().with_time(PEER_SILENCE / 2).with_interval(PEER_SILENCE / 6).with_retries(3);
+        TcpKeepalive::new().with_time(PEER_SILENCE / 4).with_interval(PEER_SILENCE / 12).with_retries(3);
     socket.set_tcp_keepalive(&keepalive)?;
     socket.set_tcp_user_timeout(Some(PEER_SILENCE))
 }
