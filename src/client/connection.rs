@@ -11,6 +11,8 @@
 //! locks that the callback wants). A leader that meets one leaves it where it is and stops; nothing behind it is
 //! touched until the background thread has applied it.
 //!
+//! Waiting, reading and failing are in one file (of more than 500 lines) because they are right only together.
+//!
 //! # Locks
 //! `shared` (who waits, who reads; held for a few instructions), `out` (while writing), `inbox` (by the
 //! reader, uncontended). None of them is held while Python code runs, except `inbox`, for which nobody waits.

@@ -1,5 +1,7 @@
 //! `_zeo.ClientStorageBase`: the client under `zeo_rs.ClientStorage`, which adds ZODB's interfaces, blobs and configuration.
 //!
+//! A long list of short methods: one for each of ZODB's that is not Python.
+//!
 //! Every method that may wait gives the GIL up first. `loadBefore` and `new_oid` look for an answer that needs no
 //! waiting before they do: a cache hit costs one shard lock, one copy of the data into a `bytes` and no GIL transition.
 
@@ -11,21 +13,20 @@ use std::time::Duration;
 use bytes::Bytes;
 use pyo3::exceptions::{PyRuntimeError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
-use pyo3::types::{PyBytes, PyDict, PyString, PyTuple, PyWeakrefReference};
+use pyo3::types::{PyBytes, PyDict, PyString, PyTuple};
 
+use super::client_callbacks::Callbacks;
 use super::client_errors::client_error;
 use super::convert::{data_arg, oid_arg, oid_bytes, optional_tid_arg, serial_arg, tid_arg, tid_bytes};
 use super::tls::PyClientTls;
 use super::values::{from_python, to_python};
 use super::{errors, logging};
-use crate::client::{
-    Access, CallbackError, Client, ClientError, DatabaseCallbacks, FinishCallback, Options, Session,
-};
+use crate::client::{Access, CallbackError, Client, ClientError, FinishCallback, Options};
 use crate::ids::{Oid, Tid};
 use crate::net::Address;
 use crate::pickle::{self, Value};
 use crate::storage::Loaded;
-use crate::wire::{Call, Encoding, TxnKey};
+use crate::wire::{Call, TxnKey};
 
 pub(crate) type Revision<'py> = (Bound<'py, PyBytes>, Bound<'py, PyBytes>, Option<Bound<'py, PyBytes>>);
 
@@ -62,34 +63,11 @@ impl Life {
 pub(crate) fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_class::<ClientStorageBase>()?;
     m.add_function(wrap_pyfunction!(_after_fork_in_child, m)?)?;
-    m.add_function(wrap_pyfunction!(cache_file_stats, m)?)?;
+    m.add_function(wrap_pyfunction!(super::client_callbacks::cache_file_stats, m)?)?;
     let keywords = PyDict::new(m.py());
     keywords.set_item("after_in_child", m.getattr("_after_fork_in_child")?)?;
     m.py().import("os")?.call_method("register_at_fork", (), Some(&keywords))?;
     Ok(())
-}
-
-/// What a cache file holds, as a dict; `None` if the file is no cache of zeo_rs. The file may be in use.
-#[pyfunction]
-fn cache_file_stats(py: Python<'_>, path: PathBuf) -> PyResult<Option<Bound<'_, PyDict>>> {
-    let Some(stats) = py.detach(|| crate::cache::inspect(&path))? else { return Ok(None) };
-    let dict = PyDict::new(py);
-    for (key, value) in [
-        ("file_bytes", stats.file_bytes),
-        ("whole_bytes", stats.whole_bytes),
-        ("stores", stats.stores),
-        ("invalidations", stats.invalidations),
-        ("objects", stats.objects),
-        ("revisions", stats.revisions),
-        ("current", stats.current),
-        ("data_bytes", stats.data_bytes),
-        ("largest", stats.largest),
-        ("cache_bytes", stats.cache_bytes),
-    ] {
-        dict.set_item(key, value)?;
-    }
-    dict.set_item("last_tid", tid_bytes(py, stats.last_tid))?;
-    Ok(Some(dict))
 }
 
 #[pyfunction]
@@ -138,7 +116,7 @@ impl ClientStorageBase {
         options.label = label;
         options.cache_path = cache_path;
         options.tls = tls.map(|tls| tls.0.clone());
-        let callbacks = Arc::new(Callbacks(PyWeakrefReference::new(slf)?.unbind()));
+        let callbacks = Arc::new(Callbacks::new(slf.as_any())?);
         let client =
             py.detach(|| Client::new(options, callbacks)).map_err(|error| client_error(py, error))?;
         // Known before its thread calls back.
@@ -681,80 +659,6 @@ impl Drop for ClientStorageBase {
             }
             life = current.next.get_mut().map(Box::as_mut);
         }
-    }
-}
-
-/// The storage, for the background thread. Weak: a storage nobody uses any more goes, and closes its client.
-struct Callbacks(Py<PyWeakrefReference>);
-
-impl Callbacks {
-    /// Calls a method of the storage, if it and the interpreter are still there. Its errors are reported, not raised:
-    /// there is nobody to catch them.
-    fn call(&self, method: &str, args: impl FnOnce(Python<'_>) -> PyResult<Py<PyTuple>>) {
-        Python::try_attach(|py| {
-            let called = (|| -> PyResult<()> {
-                let storage = self.0.bind(py).as_any().call0()?;
-                if !storage.is_none() {
-                    storage.call_method1(method, args(py)?.bind(py))?;
-                }
-                Ok(())
-            })();
-            if let Err(error) = called {
-                tracing::error!(method, %error, "a callback of the storage failed");
-                error.write_unraisable(py, None);
-            }
-        });
-    }
-}
-
-impl DatabaseCallbacks for Callbacks {
-    /// The thread keeps one Python thread state, detached while it waits: to make one for each callback costs an `mmap`,
-    /// a page fault and a `munmap`. At the interpreter's end the thread hangs where it would attach again (pyo3-ffi).
-    fn enter(&self, run: Box<dyn FnOnce() + Send>) {
-        let mut run = Some(run);
-        Python::try_attach(|py| {
-            if let Some(run) = run.take() {
-                py.detach(run);
-            }
-        });
-        if let Some(run) = run {
-            run();
-        }
-    }
-
-    fn invalidate(&self, tid: Tid, oids: &[Oid]) {
-        self.call("_invalidate", |py| {
-            let oids: Vec<_> = oids.iter().map(|oid| oid_bytes(py, *oid)).collect();
-            Ok((tid_bytes(py, tid), oids).into_pyobject(py)?.unbind())
-        });
-    }
-
-    fn invalidate_cache(&self) {
-        self.call("_invalidate_cache", |py| Ok(PyTuple::empty(py).unbind()));
-    }
-
-    fn connected(&self, session: &Session) {
-        self.call("_connected", |py| {
-            let protocol = match session.encoding {
-                Encoding::Pickle => "Z5",
-                Encoding::Msgpack => "M5",
-            };
-            let args = (&session.host, session.port, protocol, session.read_only, session.generation);
-            Ok(args.into_pyobject(py)?.unbind())
-        });
-    }
-
-    fn disconnected(&self) {
-        self.call("_disconnected", |py| Ok(PyTuple::empty(py).unbind()));
-    }
-
-    fn stale_cache(&self) {
-        self.call("_stale_cache", |py| Ok(PyTuple::empty(py).unbind()));
-    }
-
-    fn interrupted(&self) -> Result<(), CallbackError> {
-        let checked = Python::try_attach(|py| py.check_signals());
-        checked.unwrap_or(Ok(())).map_err(|error| CallbackError(Box::new(error), "interrupted".into()))
     }
 }
 

@@ -3,6 +3,7 @@
 
 mod aio;
 mod check;
+mod client_callbacks;
 mod client_errors;
 mod client_storage;
 mod convert;

@@ -1,0 +1,112 @@
+//! What a client tells its storage: calls of Python methods from the background thread.
+
+use std::path::PathBuf;
+
+use pyo3::prelude::*;
+use pyo3::types::{PyDict, PyTuple, PyWeakrefReference};
+
+use super::convert::{oid_bytes, tid_bytes};
+use crate::client::{CallbackError, DatabaseCallbacks, Session};
+use crate::ids::{Oid, Tid};
+use crate::wire::Encoding;
+
+/// The storage, for the background thread. Weak: a storage nobody uses any more goes, and closes its client.
+pub(super) struct Callbacks(Py<PyWeakrefReference>);
+
+impl Callbacks {
+    pub(super) fn new(storage: &Bound<'_, PyAny>) -> PyResult<Self> {
+        Ok(Self(PyWeakrefReference::new(storage)?.unbind()))
+    }
+
+    /// Calls a method of the storage, if it and the interpreter are still there. Its errors are reported, not raised:
+    /// there is nobody to catch them.
+    fn call(&self, method: &str, args: impl FnOnce(Python<'_>) -> PyResult<Py<PyTuple>>) {
+        Python::try_attach(|py| {
+            let called = (|| -> PyResult<()> {
+                let storage = self.0.bind(py).as_any().call0()?;
+                if !storage.is_none() {
+                    storage.call_method1(method, args(py)?.bind(py))?;
+                }
+                Ok(())
+            })();
+            if let Err(error) = called {
+                tracing::error!(method, %error, "a callback of the storage failed");
+                error.write_unraisable(py, None);
+            }
+        });
+    }
+}
+
+impl DatabaseCallbacks for Callbacks {
+    /// The thread keeps one Python thread state, detached while it waits: to make one for each callback costs an `mmap`,
+    /// a page fault and a `munmap`. At the interpreter's end the thread hangs where it would attach again (pyo3-ffi).
+    fn enter(&self, run: Box<dyn FnOnce() + Send>) {
+        let mut run = Some(run);
+        Python::try_attach(|py| {
+            if let Some(run) = run.take() {
+                py.detach(run);
+            }
+        });
+        if let Some(run) = run {
+            run();
+        }
+    }
+
+    fn invalidate(&self, tid: Tid, oids: &[Oid]) {
+        self.call("_invalidate", |py| {
+            let oids: Vec<_> = oids.iter().map(|oid| oid_bytes(py, *oid)).collect();
+            Ok((tid_bytes(py, tid), oids).into_pyobject(py)?.unbind())
+        });
+    }
+
+    fn invalidate_cache(&self) {
+        self.call("_invalidate_cache", |py| Ok(PyTuple::empty(py).unbind()));
+    }
+
+    fn connected(&self, session: &Session) {
+        self.call("_connected", |py| {
+            let protocol = match session.encoding {
+                Encoding::Pickle => "Z5",
+                Encoding::Msgpack => "M5",
+            };
+            let args = (&session.host, session.port, protocol, session.read_only, session.generation);
+            Ok(args.into_pyobject(py)?.unbind())
+        });
+    }
+
+    fn disconnected(&self) {
+        self.call("_disconnected", |py| Ok(PyTuple::empty(py).unbind()));
+    }
+
+    fn stale_cache(&self) {
+        self.call("_stale_cache", |py| Ok(PyTuple::empty(py).unbind()));
+    }
+
+    fn interrupted(&self) -> Result<(), CallbackError> {
+        let checked = Python::try_attach(|py| py.check_signals());
+        checked.unwrap_or(Ok(())).map_err(|error| CallbackError(Box::new(error), "interrupted".into()))
+    }
+}
+
+/// What a cache file holds, as a dict; `None` if the file is no cache of zeo_rs. The file may be in use.
+#[pyfunction]
+pub(super) fn cache_file_stats(py: Python<'_>, path: PathBuf) -> PyResult<Option<Bound<'_, PyDict>>> {
+    let Some(stats) = py.detach(|| crate::cache::inspect(&path))? else { return Ok(None) };
+    let dict = PyDict::new(py);
+    for (key, value) in [
+        ("file_bytes", stats.file_bytes),
+        ("whole_bytes", stats.whole_bytes),
+        ("stores", stats.stores),
+        ("invalidations", stats.invalidations),
+        ("objects", stats.objects),
+        ("revisions", stats.revisions),
+        ("current", stats.current),
+        ("data_bytes", stats.data_bytes),
+        ("largest", stats.largest),
+        ("cache_bytes", stats.cache_bytes),
+    ] {
+        dict.set_item(key, value)?;
+    }
+    dict.set_item("last_tid", tid_bytes(py, stats.last_tid))?;
+    Ok(Some(dict))
+}
