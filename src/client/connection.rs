@@ -1,5 +1,7 @@
 //! One registered connection: who waits for what, who writes, who reads.
 //!
+//! One file, because who may read, who waits and how it ends are one state, under one mutex.
+//!
 //! # Who reads
 //! Messages must be applied one by one in wire order (C1), so there is one reader at a time. A caller that waits for an
 //! answer reads the socket itself if nobody else does (it *leads*): it applies every message that comes, its own answer

@@ -3,6 +3,8 @@
 //! One commit at a time, as ZODB's FileStorage: `zeo_rs/filestorage.py` takes the commit lock in `tpc_begin` and gives it
 //! back after `_finish` or `_abort`; the transaction's state in between is here.
 //!
+//! A long list of short methods: one for each of ZODB's that is not Python.
+//!
 //! # Nobody sees a transaction before its callback has run
 //! The engine publishes a transaction to its readers before `finish` returns; the callback that ZODB's databases pass to
 //! `tpc_finish` runs after. A read that meets a revision of that transaction waits until the callback has returned (one

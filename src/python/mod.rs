@@ -12,6 +12,7 @@ mod file_storage;
 mod logging;
 mod pack;
 mod records;
+mod resolver;
 mod served_storage;
 mod server;
 mod tls;

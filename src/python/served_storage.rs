@@ -11,13 +11,13 @@ use bytes::Bytes;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyList, PyTuple};
 
-use super::convert::{oid_bytes, tid_bytes};
+use super::convert::{data_arg, oid_arg, oid_bytes, tid_arg, tid_bytes};
 use super::errors;
 use crate::ids::{Oid, Tid};
 use crate::storage::{
     Capabilities, Committed, Conflict, ConflictResolver, HistoryEntry, InvalidationSink, Loaded, NextRecord,
-    Op, PackOptions, RecordInfo, RecordIterator, Resolution, Result, StagedTxn, Storage, StorageError,
-    TxnInfo, TxnIterator, TxnMeta, UndoEntry, VoteOutcome, VotedTxn, WholeStorageLock,
+    Op, PackOptions, RecordInfo, RecordIterator, Result, StagedTxn, Storage, StorageError, TxnInfo,
+    TxnIterator, TxnMeta, UndoEntry, VoteOutcome, VotedTxn, WholeStorageLock,
 };
 
 /// A Python storage, served.
@@ -82,7 +82,7 @@ impl Storage for ServedStorage {
     }
 
     fn last_tid(&self) -> Tid {
-        self.with_storage(|s| tid_of(&s.call_method0("lastTransaction")?)).unwrap_or(Tid::ZERO)
+        self.with_storage(|s| tid_arg(&s.call_method0("lastTransaction")?)).unwrap_or(Tid::ZERO)
     }
 
     fn load_before(&self, oid: Oid, before: Tid) -> Result<Option<Loaded>> {
@@ -94,9 +94,9 @@ impl Storage for ServedStorage {
             }
             let end = found.get_item(2)?;
             Ok(Some(Loaded {
-                data: bytes_of(&found.get_item(0)?)?,
-                tid: tid_of(&found.get_item(1)?)?,
-                end_tid: if end.is_none() { None } else { Some(tid_of(&end)?) },
+                data: data_arg(&found.get_item(0)?)?,
+                tid: tid_arg(&found.get_item(1)?)?,
+                end_tid: if end.is_none() { None } else { Some(tid_arg(&end)?) },
             }))
         })
     }
@@ -107,12 +107,12 @@ impl Storage for ServedStorage {
 
     fn load_serial(&self, oid: Oid, serial: Tid) -> Result<Bytes> {
         self.with_storage(|s| {
-            bytes_of(&s.call_method1("loadSerial", (oid_bytes(s.py(), oid), tid_bytes(s.py(), serial)))?)
+            data_arg(&s.call_method1("loadSerial", (oid_bytes(s.py(), oid), tid_bytes(s.py(), serial)))?)
         })
     }
 
     fn current_tid(&self, oid: Oid) -> Result<Tid> {
-        self.with_storage(|s| tid_of(&s.call_method1("getTid", (oid_bytes(s.py(), oid),))?))
+        self.with_storage(|s| tid_arg(&s.call_method1("getTid", (oid_bytes(s.py(), oid),))?))
     }
 
     fn history(&self, oid: Oid, size: usize) -> Result<Vec<HistoryEntry>> {
@@ -135,10 +135,10 @@ impl Storage for ServedStorage {
             }
             let next = found.get_item(3)?;
             Ok(Some(NextRecord {
-                oid: oid_of(&found.get_item(0)?)?,
-                tid: tid_of(&found.get_item(1)?)?,
-                data: bytes_of(&found.get_item(2)?)?,
-                next: if next.is_none() { None } else { Some(oid_of(&next)?) },
+                oid: oid_arg(&found.get_item(0)?)?,
+                tid: tid_arg(&found.get_item(1)?)?,
+                data: data_arg(&found.get_item(2)?)?,
+                next: if next.is_none() { None } else { Some(oid_arg(&next)?) },
             }))
         })
     }
@@ -162,7 +162,7 @@ impl Storage for ServedStorage {
                 .try_iter()?
                 .map(|entry| {
                     let entry = entry?;
-                    Ok((tid_of(&entry.get_item(0)?)?, oids_of(&entry.get_item(1)?)?))
+                    Ok((tid_arg(&entry.get_item(0)?)?, oids_of(&entry.get_item(1)?)?))
                 })
                 .collect()
         })
@@ -204,7 +204,7 @@ impl Storage for ServedStorage {
     }
 
     fn new_oids(&self, count: usize) -> Result<Vec<Oid>> {
-        self.with_storage(|s| (0..count).map(|_| oid_of(&s.call_method0("new_oid")?)).collect())
+        self.with_storage(|s| (0..count).map(|_| oid_arg(&s.call_method0("new_oid")?)).collect())
     }
 
     fn vote(&self, txn: StagedTxn, resolver: &dyn ConflictResolver) -> Result<VoteOutcome> {
@@ -230,10 +230,10 @@ impl Storage for ServedStorage {
             if let Ok(conflicts) = answer.cast::<PyList>() {
                 let conflicts = conflicts.iter().map(|conflict| {
                     Ok(Conflict {
-                        oid: oid_of(&conflict.get_item(0)?)?,
-                        committed: tid_of(&conflict.get_item(1)?)?,
-                        read: tid_of(&conflict.get_item(2)?)?,
-                        data: bytes_of(&conflict.get_item(3)?)?,
+                        oid: oid_arg(&conflict.get_item(0)?)?,
+                        committed: tid_arg(&conflict.get_item(1)?)?,
+                        read: tid_arg(&conflict.get_item(2)?)?,
+                        data: data_arg(&conflict.get_item(3)?)?,
                     })
                 });
                 return Ok(VoteOutcome::Conflicts(conflicts.collect::<PyResult<_>>()?));
@@ -256,7 +256,7 @@ impl Storage for ServedStorage {
         for (index, voted) in group.into_iter().enumerate() {
             let mut handle = VotedHandle::of(voted.state)?;
             let transaction = handle.transaction.take();
-            let tid = self.with(|served| tid_of(&served.call_method1("finish", (transaction,))?))?;
+            let tid = self.with(|served| tid_arg(&served.call_method1("finish", (transaction,))?))?;
             publish(&Committed { index, tid, oids: voted.oids.into() });
         }
         Ok(())
@@ -344,7 +344,7 @@ impl TxnIterator for Transactions {
             let (user, description, extension): Metadata =
                 (txn.get_item(2)?.extract()?, txn.get_item(3)?.extract()?, txn.get_item(4)?.extract()?);
             let info = TxnInfo {
-                tid: tid_of(&txn.get_item(0)?)?,
+                tid: tid_arg(&txn.get_item(0)?)?,
                 status: status.bytes().next().unwrap_or(b' '),
                 meta: metadata(user, description, extension),
             };
@@ -363,10 +363,10 @@ impl RecordIterator for Records {
             let record = record?;
             let (data, data_txn) = (record.get_item(2)?, record.get_item(3)?);
             Ok(Some(RecordInfo {
-                oid: oid_of(&record.get_item(0)?)?,
-                tid: tid_of(&record.get_item(1)?)?,
-                data: if data.is_none() { None } else { Some(bytes_of(&data)?) },
-                data_txn: if data_txn.is_none() { None } else { Some(tid_of(&data_txn)?) },
+                oid: oid_arg(&record.get_item(0)?)?,
+                tid: tid_arg(&record.get_item(1)?)?,
+                data: if data.is_none() { None } else { Some(data_arg(&data)?) },
+                data_txn: if data_txn.is_none() { None } else { Some(tid_arg(&data_txn)?) },
             }))
         })
     }
@@ -379,7 +379,7 @@ struct Sink(Arc<dyn InvalidationSink>);
 #[pymethods]
 impl Sink {
     fn invalidate(&self, py: Python<'_>, tid: &Bound<'_, PyAny>, oids: &Bound<'_, PyAny>) -> PyResult<()> {
-        let (tid, oids) = (tid_of(tid)?, oids_of(oids)?);
+        let (tid, oids) = (tid_arg(tid)?, oids_of(oids)?);
         py.detach(|| self.0.invalidate(tid, oids));
         Ok(())
     }
@@ -401,45 +401,6 @@ fn with_record(mut error: StorageError, ops: &[Op]) -> StorageError {
         }
     }
     error
-}
-
-/// Conflict resolution with the application's classes, by ZODB's own code. Loads both revisions, then one call with the GIL.
-#[derive(Debug)]
-pub(crate) struct PythonResolver;
-
-impl ConflictResolver for PythonResolver {
-    fn resolve(
-        &self,
-        storage: &dyn Storage,
-        conflict: &Conflict,
-        committed_data: Option<Bytes>,
-    ) -> Resolution {
-        let read_data = storage.load_serial(conflict.oid, conflict.read);
-        let committed_data =
-            committed_data.map_or_else(|| storage.load_serial(conflict.oid, conflict.committed), Ok);
-        let (Ok(read_data), Ok(committed_data)) = (read_data, committed_data) else {
-            return Resolution::Unresolved;
-        };
-        let merged = Python::attach(|py| -> PyResult<Option<Bytes>> {
-            let answer = py.import("zeo_rs._served")?.getattr("resolve")?.call1((
-                oid_bytes(py, conflict.oid),
-                tid_bytes(py, conflict.committed),
-                tid_bytes(py, conflict.read),
-                PyBytes::new(py, &conflict.data),
-                PyBytes::new(py, &read_data),
-                PyBytes::new(py, &committed_data),
-            ))?;
-            if answer.is_none() { Ok(None) } else { bytes_of(&answer).map(Some) }
-        });
-        match merged {
-            Ok(Some(record)) => Resolution::Resolved(record),
-            Ok(None) => Resolution::Unresolved,
-            Err(error) => {
-                tracing::error!(oid = %conflict.oid, %error, "conflict resolution failed");
-                Resolution::Unresolved
-            }
-        }
-    }
 }
 
 fn attached<T>(body: impl FnOnce(Python<'_>) -> PyResult<T>) -> Result<T> {
@@ -477,25 +438,13 @@ fn operation<'py>(py: Python<'py>, op: &Op) -> PyResult<Bound<'py, PyTuple>> {
 fn described(entry: &Bound<'_, PyAny>) -> PyResult<(Tid, u64, TxnMeta)> {
     let (tid, size, user, description, extension): (Bound<'_, PyAny>, u64, Vec<u8>, Vec<u8>, Vec<u8>) =
         entry.extract()?;
-    Ok((tid_of(&tid)?, size, metadata(user, description, extension)))
+    Ok((tid_arg(&tid)?, size, metadata(user, description, extension)))
 }
 
 fn metadata(user: Vec<u8>, description: Vec<u8>, extension: Vec<u8>) -> TxnMeta {
     TxnMeta { user: user.into(), description: description.into(), extension: extension.into() }
 }
 
-fn bytes_of(value: &Bound<'_, PyAny>) -> PyResult<Bytes> {
-    Ok(Bytes::copy_from_slice(value.cast::<PyBytes>()?.as_bytes()))
-}
-
-fn tid_of(value: &Bound<'_, PyAny>) -> PyResult<Tid> {
-    super::convert::tid_arg(value)
-}
-
-fn oid_of(value: &Bound<'_, PyAny>) -> PyResult<Oid> {
-    super::convert::oid_arg(value)
-}
-
 fn oids_of(value: &Bound<'_, PyAny>) -> PyResult<Vec<Oid>> {
-    value.try_iter()?.map(|oid| oid_of(&oid?)).collect()
+    value.try_iter()?.map(|oid| oid_arg(&oid?)).collect()
 }

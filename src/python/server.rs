@@ -8,7 +8,8 @@ use pyo3::exceptions::{PyOSError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyTuple};
 
-use super::served_storage::{PythonResolver, ServedStorage};
+use super::resolver::PythonResolver;
+use super::served_storage::ServedStorage;
 use super::tls::PyServerTls;
 use super::{errors, logging};
 use crate::ids::Tid;

@@ -2,7 +2,7 @@
 //!
 //! It is also the model that other engines and the server are tested against, so it is written to be obviously right
 //! rather than fast: one lock, whole revisions, no sharing between them. Blobs, if it is given a directory, are files
-//! named after oid and tid.
+//! named after oid and tid. One file: the whole of it is one map and the methods of the trait.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
