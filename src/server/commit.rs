@@ -170,7 +170,6 @@ fn finish(hub: &Arc<Hub>, mut group: Vec<FinishJob>) {
     let mut jobs: Vec<Option<FinishJob>> = group.into_iter().map(Some).collect();
     let mut finished = Vec::with_capacity(jobs.len());
     let mut publish = |committed: &Committed| {
-        count(&hub.stats.commits);
         let Some(FinishJob { held, listener, mailbox, reply }) =
             jobs.get_mut(committed.index).and_then(Option::take)
         else {
@@ -181,6 +180,8 @@ fn finish(hub: &Arc<Hub>, mut group: Vec<FinishJob>) {
         let reply = Box::new(move |session: &mut Session| reply(session, Ok(tid)));
         let own = |publication| mailbox.post(Event::Committed { publication, info, reply });
         hub.publish(tid, Arc::clone(&committed.oids), listener, own);
+        // after the publication: who reads the new count has its invalidation before the answer
+        count(&hub.stats.commits);
         finished.push(held);
     };
     hub.finishing();

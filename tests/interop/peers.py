@@ -16,6 +16,7 @@ HERE = Path(__file__).parent
 KINDS = ("zeo", "rust")
 ENCODINGS = ("Z5", "M5")
 START = 30  # seconds that a process may take to come up on a loaded machine
+ZEO_STOP = 10  # seconds that ZEO's server may take to end
 
 
 def free_port():
@@ -87,10 +88,21 @@ class Server:
             time.sleep(0.05)
 
     def stop(self):
-        """Ends it as an operator does; returns the exit status."""
+        """Ends it as an operator does; returns the exit status.
+
+        ZEO's own server now and then does not end on SIGTERM while a client is connected: that one is killed, and it
+        counts as ended, because it is not what is tested here.
+        """
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(START)
+        if self.kind != "zeo":
+            return self.process.wait(START)
+        try:
+            return self.process.wait(ZEO_STOP)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait(START)
+            return 0
 
     def kill(self):
         if self.process.poll() is None:
