@@ -10,8 +10,10 @@ import traceback
 from . import report
 from .harness import KINDS, ROOT, Bench, Failed
 from .limits import Limits
+from .peers import PEERS
 
-FAMILIES = ("loads", "commits", "sync", "blobs", "tails", "startup", "filestorage")
+FAMILIES = ("loads", "commits", "sync", "blobs", "tails", "startup", "filestorage", "shootout")
+ALL = KINDS + tuple(client for client, _ in PEERS)
 
 
 def arguments():
@@ -21,7 +23,7 @@ def arguments():
     parser.add_argument("--rounds", type=int, help="rounds of each measurement (default 5; 2 with --quick)")
     parser.add_argument("--quick", action="store_true", help="small sizes, to see that everything works")
     parser.add_argument("--large", action="store_true", help="10 M objects, 1 GB blobs")
-    parser.add_argument("--kinds", default=",".join(KINDS), help="zeo,rs or one of them")
+    parser.add_argument("--kinds", default=",".join(ALL), help="what is measured, zeo-rs and its peers (default %(default)s)")
     parser.add_argument("--data", default=os.path.join(ROOT, "target", "bench-data"),
                         help="where generated databases are kept and servers work (default %(default)s)")
     parser.add_argument("--out", help="where tables and plots are written (default docs/benchmarks, or target/bench-out"
@@ -30,6 +32,8 @@ def arguments():
     parser.add_argument("--update", action="store_true", help="keep what results.json in DIR has and replace what is measured anew")
     options = parser.parse_args()
     options.kinds = options.kinds.split(",")
+    if unknown := set(options.kinds) - set(ALL):
+        parser.error(f"no kind {', '.join(unknown)}; there are {', '.join(ALL)}")
     for name in options.only:
         if name.split(".")[0] not in FAMILIES:
             parser.error(f"no family {name}; there are {', '.join(FAMILIES)}")

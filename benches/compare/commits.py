@@ -2,14 +2,14 @@
 import statistics
 
 from . import data
-from .harness import cpu_seconds, throughput
+from .harness import throughput
 
 
 def run(bench):
     objects = bench.size(20_000, 200_000)
     source = data.database(bench.data_dir, objects)
     first = data.first_leaf(objects)
-    servers = bench.both(source)
+    servers = bench.all(source)
     try:
         for step in bench.steps(one, bulk, committers, contended, conflicts):
             step(bench, servers, first)
@@ -21,14 +21,14 @@ def one(bench, servers, first):
     count = bench.size(100, 300)
 
     def measure(client, server):
-        pid, before = servers[server].pid, []
+        before = []
         report, = bench.run(client, servers[server], [("commits.one", {"count": count})],
-                            during=lambda: before.append(cpu_seconds(pid)))
+                            during=lambda: before.append(servers[server].cpu()))
         times = report["times"]
         return {"": statistics.median(times) / 1e3, "p99": times[int(len(times) * 0.99)] / 1e3,
-                "server CPU": (cpu_seconds(pid) - before[0]) / count * 1e6}
+                "server CPU": (servers[server].cpu() - before[0]) / count * 1e6}
     limits = bench.limits
-    bench.alternate("commits", "one-object commit", "us", measure, bench.pairs(mixed=True),
+    bench.alternate("commits", "one-object commit", "us", measure, bench.pairs(mixed=True) + bench.peers(servers),
                     limit={"": lambda: (2 * limits.roundtrip() + limits.sync()) * 1e6},
                     target={"": ">= 3x; <= 1.5x limit"}, note="limit: two round trips and one fdatasync")
 
@@ -39,7 +39,7 @@ def bulk(bench, servers, first):
             report, = bench.run(client, servers[server], [("commits.bulk", {"objects": objects})])
             return (report["end"] - report["begin"]) / 1e6
         limits, size = bench.limits, objects * 300
-        bench.alternate("commits", f"commit of {objects} objects", "ms", measure, bench.pairs(mixed=True),
+        bench.alternate("commits", f"commit of {objects} objects", "ms", measure, bench.pairs(mixed=True) + bench.peers(servers),
                         limit=lambda: (limits.stream(size) + limits.roundtrip() + limits.sync(size)) * 1e3,
                         target=">= 6x" if objects == 10_000 else "",
                         note="limit: the bytes over loopback, one round trip, one write with fdatasync")
@@ -52,8 +52,8 @@ def committers(bench, servers, first):
         def measure(client, server):
             jobs = [("commits.one", {"count": count})] * processes
             return throughput(bench.run(client, servers[server], jobs))
-        bench.alternate("commits", f"{processes} committer{'s' * (processes > 1)}, disjoint", "1/s", measure, bench.pairs(mixed=processes == 16),
-                        better="higher", target=">= 15x" if processes == 16 else "",
+        bench.alternate("commits", f"{processes} committer{'s' * (processes > 1)}, disjoint", "1/s", measure,
+                        bench.pairs(mixed=processes == 16) + bench.peers(servers, shared=processes > 1), better="higher", target=">= 15x" if processes == 16 else "",
                         limit=(lambda: 1 / bench.limits.sync()) if processes == 1 else None,
                         note="limit: one fdatasync after the other" if processes == 1 else "")
 
@@ -67,8 +67,8 @@ def contended(bench, servers, first):
             reports = bench.run(client, servers[server], jobs)
             return {"": throughput(reports),
                     "conflicts per commit": sum(r["conflicts"] for r in reports) / sum(r["count"] for r in reports)}
-        bench.alternate("commits", f"{processes} committers, same object", {"": "1/s"}, measure, bench.pairs(),
-                        better={"": "higher"})
+        bench.alternate("commits", f"{processes} committers, same object", {"": "1/s"}, measure,
+                        bench.pairs() + bench.peers(servers, shared=True), better={"": "higher"})
 
 
 def conflicts(bench, servers, first):

@@ -112,6 +112,10 @@ class Server:
     def pid(self):
         return self.process.pid
 
+    def cpu(self):
+        """CPU seconds so far."""
+        return cpu_seconds(self.pid)
+
     def _wait(self, timeout):
         """Waits for the greeting, polling every millisecond, because the start is itself measured."""
         deadline = time.monotonic() + timeout
@@ -138,6 +142,11 @@ class Server:
     def close(self):
         stop(self.process)
         self.log.close()
+
+    def remove(self):
+        """Ends it and deletes its files."""
+        self.close()
+        shutil.rmtree(self.directory, ignore_errors=True)
 
 
 class Worker:
@@ -231,14 +240,20 @@ class Bench:
 
     def both(self, source, **kw):
         """One server of each kind, each on its own copy."""
-        return {kind: self.server(kind, source, **kw) for kind in self.options.kinds}
+        return {kind: self.server(kind, source, **kw) for kind in KINDS if kind in self.options.kinds}
+
+    def all(self, source):
+        """Those and the peers beyond ZEO."""
+        from . import peers
+        made = peers.servers(self, source)
+        self.servers += made.values()
+        return {**self.both(source), **made}
 
     def discard(self, servers):
         for server in servers.values() if isinstance(servers, dict) else servers:
-            server.close()
+            server.remove()
             if server in self.servers:
                 self.servers.remove(server)
-            shutil.rmtree(server.directory, ignore_errors=True)
 
     def workers(self, kind, count):
         pool = self.idle.setdefault(kind, [])
@@ -267,6 +282,11 @@ class Bench:
     def pairs(self, mixed=False):
         kinds = self.options.kinds
         return [pair for pair in (MIXED if mixed else PAIRS) if pair[0] in kinds and pair[1] in kinds]
+
+    def peers(self, servers, shared=False):
+        """The pairs of those peers (peers.py) that are among the servers; with `shared` those that have a server to share."""
+        from .peers import PEERS
+        return [pair for pair in PEERS if pair[1] in servers and not (shared and pair[0] == "zodb")]
 
     # results ----------------------------------------------------------------------------------------------------
     def alternate(self, family, name, unit, measure, pairs, better="lower", limit=None, target="", rounds=None,
@@ -311,7 +331,7 @@ class Bench:
             for worker in pool:
                 worker.close()
         for server in self.servers:
-            server.close()
+            server.remove()
         shutil.rmtree(self.work_dir, ignore_errors=True)
 
 

@@ -9,7 +9,7 @@ def run(bench):
     objects = bench.size(20_000, 200_000)
     source = data.database(bench.data_dir, objects)
     first = data.first_leaf(objects)
-    servers = bench.both(source)
+    servers = bench.all(source)
     try:
         for step in bench.steps(cold_one, cold_processes, cold_threads, hits, prefetch, application, client_memory):
             step(bench, servers, first)
@@ -22,16 +22,16 @@ def cold_one(bench, servers, first):
     count = bench.size(2000, 8000)
 
     def measure(client, server):
-        pids = servers[server].pid, bench.workers(client, 1)[0].pid
+        worker = bench.workers(client, 1)[0].pid
+        clocks = servers[server].cpu, lambda: cpu_seconds(worker)
         job = [("loads.cold", {"first": first, "count": count})]
         before = []
-        reports = bench.run(client, servers[server], job,
-                            during=lambda: before.extend(cpu_seconds(pid) for pid in pids))
-        spent = [cpu_seconds(pid) - b for pid, b in zip(pids, before)]
+        reports = bench.run(client, servers[server], job, during=lambda: before.extend(clock() for clock in clocks))
+        spent = [clock() - b for clock, b in zip(clocks, before)]
         report = reports[0]
         return {"": (report["end"] - report["begin"]) / report["count"] / 1e3,
                 "server CPU": spent[0] / report["count"] * 1e6, "client CPU": spent[1] / report["count"] * 1e6}
-    bench.alternate("loads", "cold load, 1 process", "us", measure, bench.pairs(mixed=True),
+    bench.alternate("loads", "cold load, 1 process", "us", measure, bench.pairs(mixed=True) + bench.peers(servers),
                     limit={"": lambda: bench.limits.roundtrip() * 1e6,
                            "server CPU": lambda: bench.limits.peer_cpu(1) * 1e6},
                     target={"": ">= 8x; <= 3x limit"}, note="CPU includes closing the client; its limit: the echo process of the round trips")
@@ -42,13 +42,13 @@ def cold_processes(bench, servers, first):
         count = bench.size(1000, 4000)
 
         def measure(client, server):
-            pid, before = servers[server].pid, []
+            before = []
             jobs = [("loads.cold", {"first": first + i * count, "count": count, "seed": i}) for i in range(processes)]
-            reports = bench.run(client, servers[server], jobs, during=lambda: before.append(cpu_seconds(pid)))
+            reports = bench.run(client, servers[server], jobs, during=lambda: before.append(servers[server].cpu()))
             total = sum(r["count"] for r in reports)
-            return {"": throughput(reports), "server CPU": (cpu_seconds(pid) - before[0]) / total * 1e6}
+            return {"": throughput(reports), "server CPU": (servers[server].cpu() - before[0]) / total * 1e6}
         bench.alternate("loads", f"cold loads, {processes} process{'es' * (processes > 1)}", {"": "1/s", "server CPU": "us/load"}, measure,
-                        bench.pairs(mixed=processes == 8), better={"": "higher"},
+                        bench.pairs(mixed=processes == 8) + bench.peers(servers, shared=processes > 1), better={"": "higher"},
                         limit={"": lambda: bench.limits.roundtrips_per_second(processes),
                                "server CPU": lambda: bench.limits.peer_cpu(processes) * 1e6},
                         target={"": ">= 10x", "server CPU": "<= 1/10"} if processes == 8 else "")
@@ -60,8 +60,8 @@ def cold_threads(bench, servers, first):
         def measure(client, server):
             return throughput(bench.run(client, servers[server],
                                         [("loads.cold", {"first": first, "count": count, "threads": threads})]))
-        bench.alternate("loads", f"cold loads, 1 process with {threads} threads", "1/s", measure, bench.pairs(),
-                        better="higher", limit=lambda: bench.limits.roundtrips_per_second(threads), target=">= 10x")
+        bench.alternate("loads", f"cold loads, 1 process with {threads} threads", "1/s", measure,
+                        bench.pairs() + bench.peers(servers), better="higher", limit=lambda: bench.limits.roundtrips_per_second(threads), target=">= 10x")
 
 
 def hits(bench, servers, first):
@@ -71,7 +71,7 @@ def hits(bench, servers, first):
             report, = bench.run(client, servers[server], [("loads.hits", {
                 "first": first, "objects": 2000, "count": count, "threads": threads})])
             return report["ns"]
-        bench.alternate("loads", f"cache hit, {threads} thread{'s' * (threads > 1)}", "ns", measure, bench.pairs(),
+        bench.alternate("loads", f"cache hit, {threads} thread{'s' * (threads > 1)}", "ns", measure, bench.pairs() + bench.peers(servers, shared=True),
                         limit=lambda: bench.limits.memcpy() * 1e9, target=">= 5x; <= 600 ns" if threads == 1 else "")
 
 
@@ -89,7 +89,8 @@ def application(bench, servers, first):
         unpickle.append(report["unpickle_ns"] / 1e6)
         return (report["end"] - report["begin"]) / 1e6
     unpickle = []
-    bench.alternate("loads", "application reads 1 000 cold objects", "ms", measure, bench.pairs(mixed=True),
+    bench.alternate("loads", "application reads 1 000 cold objects", "ms", measure,
+                    bench.pairs(mixed=True) + bench.peers(servers),
                     target=">= 4x")
     if unpickle:
         result = bench.results[-1]

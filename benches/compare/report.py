@@ -91,7 +91,7 @@ def environment(options):
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9),
         "python": platform.python_version(),
         "load_before": os.getloadavg()[0],
-        "packages": {name: installed(name) for name in ("zeo-rs", "ZODB", "ZEO", "msgpack", "uvloop", "zodbpickle")},
+        "packages": {name: installed(name) for name in ("zeo-rs", "ZODB", "ZEO", "msgpack", "uvloop", "zodbpickle", "RelStorage", "psycopg2-binary")},
         "options": {k: v for k, v in vars(options).items() if k not in ("data", "out")},
     }
 
@@ -109,7 +109,7 @@ def markdown(env, results):
     for family in dict.fromkeys(r["family"] for r in results):
         rows = [r for r in results if r["family"] == family]
         keys = list(dict.fromkeys(k for r in rows for k in r["values"])) or ["zeo/zeo", "rs/rs"]
-        order = ["zodb", "zeo", "zeo/zeo", "rs/rs", "rs", "zeo/rs", "rs/zeo"]
+        order = ["zodb", "zeo", "zeo/zeo", "rs/rs", "rs", "zeo/rs", "rs/zeo", "relstorage/postgresql", "zodb/in-process"]
         keys.sort(key=lambda k: order.index(k) if k in order else len(order))
         out += [f"## {family}", "", "| what | unit | " + " | ".join(keys) + " | ratio | target | limit | of limit |",
                 "| --- | --- |" + " ---: |" * len(keys) + " ---: | --- | ---: | ---: |"]

@@ -5,7 +5,7 @@ import sys
 import time
 
 from . import data
-from .harness import Server, environment, forget_peak, memory
+from .harness import KINDS, Server, environment, forget_peak, memory
 
 
 def run(bench):
@@ -23,7 +23,7 @@ def imports_seconds():
 
 
 def start(bench, source, objects):
-    paths = {kind: data.copy(source, bench.directory(kind)) for kind in bench.options.kinds}
+    paths = {kind: data.copy(source, bench.directory(kind)) for kind in KINDS if kind in bench.options.kinds}
     for index in (True, False):
         def measure(kind):
             path = paths[kind]
@@ -35,7 +35,7 @@ def start(bench, source, objects):
             finally:
                 server.close()
         bench.alternate("start and pack", f"server start {'with' if index else 'without'} index, {objects} objects",
-                        {"": "ms", "server memory": "MB"}, measure, bench.options.kinds, rounds=min(3, bench.rounds),
+                        {"": "ms", "server memory": "MB"}, measure, list(paths), rounds=min(3, bench.rounds),
                         limit={"": lambda: imports_seconds() * 1e3}, note="limit: importing ZODB.config in a bare interpreter")
 
 

@@ -6,8 +6,9 @@ returns its report. `python -m compare.worker` is started by harness.py only.
 import importlib
 import json
 import sys
+import threading
 
-JOBS = ("application", "blobs", "commits", "engine", "latency", "loads", "sync")
+JOBS = ("application", "blobs", "commits", "engine", "latency", "loads", "shootout", "sync")
 
 
 class Database:
@@ -26,7 +27,29 @@ class Database:
 
 
 def client(kind, addr, **options):
-    """A connected ClientStorage of one kind with an in-memory (rs) or temporary (zeo) cache unless `client` is given."""
+    """A storage as a thread of an application uses it, connected; its calls are ClientStorage's.
+
+    ZEO's and ours are ClientStorages with an in-memory (rs) or temporary (zeo) cache unless `client` is given; a peer of peers.py is
+    given those calls.
+    """
+    storage = database_storage(kind, addr, **options)
+    if kind == "relstorage":
+        return _RelStorage(storage)
+    storage.registerDB(Database())
+    return storage
+
+
+def database_storage(kind, addr, **options):
+    """A storage for `ZODB.DB`."""
+    if kind == "relstorage":
+        from relstorage.adapters.postgresql import PostgreSQLAdapter
+        from relstorage.options import Options
+        from relstorage.storage import RelStorage
+        settings = Options(keep_history=True, cache_local_mb=200)         # as the others: with history, a cache of 200 MB
+        return RelStorage(PostgreSQLAdapter(dsn=addr, options=settings), options=settings)
+    if kind == "zodb":
+        from ZODB.FileStorage import FileStorage
+        return FileStorage(addr)
     if kind == "zeo":
         import uvloop  # noqa: F401  ZEO takes it when it can be imported; without it the comparison would be unfair
         from ZEO.ClientStorage import ClientStorage
@@ -34,9 +57,37 @@ def client(kind, addr, **options):
         from zeo_rs import ClientStorage
     options.setdefault("cache_size", 200 << 20)
     options.setdefault("wait_timeout", 60)
-    storage = ClientStorage(tuple(addr), **options)
-    storage.registerDB(Database())
-    return storage
+    return ClientStorage(tuple(addr), **options)
+
+
+class _RelStorage:
+    """RelStorage with a connection of its own for each thread, as a ZODB connection has one.
+
+    `load` is what a ZODB connection calls there for the state of its view, so it stands for `loadBefore`.
+    """
+
+    def __init__(self, storage):
+        self._storage, self._made, self._local = storage, [], threading.local()
+
+    def _instance(self):
+        try:
+            return self._local.instance
+        except AttributeError:
+            instance = self._local.instance = self._storage.new_instance()
+            self._made.append(instance)
+            instance.poll_invalidations()
+            return instance
+
+    def loadBefore(self, oid, before):
+        return self._instance().load(oid)
+
+    def __getattr__(self, name):
+        return getattr(self._instance(), name)
+
+    def close(self):
+        for instance in self._made:
+            instance.close()
+        self._storage.close()
 
 
 def job(name):

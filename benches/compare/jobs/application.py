@@ -5,12 +5,12 @@ from time import perf_counter_ns
 
 import ZODB
 
-from compare.worker import client
+from compare.worker import database_storage
 
 
 def read(kind, addr, pages, count, seed=0):
     """Opens a database and reads `count` cold objects by following references from their pages."""
-    db = ZODB.DB(client(kind, addr))
+    db = ZODB.DB(database_storage(kind, addr))
     try:
         connection = db.open()
         root = connection.root()
@@ -29,7 +29,7 @@ def read(kind, addr, pages, count, seed=0):
             total += len(obj["body"])
         end = perf_counter_ns()
         # the same unpickling with no storage below it: the part that no client can shorten
-        records = [db.storage.loadBefore(obj._p_oid, connection._storage._start)[0] for obj in objects]
+        records = [connection._storage.load(obj._p_oid)[0] for obj in objects]
         for obj in objects:
             obj._p_deactivate()
         reader, start = connection._reader, perf_counter_ns()
