@@ -93,7 +93,8 @@ impl Subscriber for ToPython {
         let mut text = Text::default();
         event.record(&mut text);
         let metadata = event.metadata();
-        send(Line::Event { level: number(metadata.level()), target: metadata.target(), text: text.0 });
+        let level = if text.is_critical { 50 } else { number(metadata.level()) };
+        send(Line::Event { level, target: metadata.target(), text: text.text });
     }
     fn new_span(&self, _: &span::Attributes<'_>) -> span::Id {
         span::Id::from_u64(1)
@@ -106,15 +107,25 @@ impl Subscriber for ToPython {
 
 /// `message key=value key=value`.
 #[derive(Default)]
-struct Text(String);
+struct Text {
+    text: String,
+    /// The event has a field `critical`: Python has a level above that of errors.
+    is_critical: bool,
+}
 
 impl Visit for Text {
     fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
         if field.name() == "message" {
-            let rest = std::mem::take(&mut self.0);
-            let _ = write!(self.0, "{value:?}{rest}");
+            let rest = std::mem::take(&mut self.text);
+            let _ = write!(self.text, "{value:?}{rest}");
         } else {
-            let _ = write!(self.0, " {}={value:?}", field.name());
+            let _ = write!(self.text, " {}={value:?}", field.name());
+        }
+    }
+    fn record_bool(&mut self, field: &Field, value: bool) {
+        match field.name() {
+            "critical" => self.is_critical = value,
+            _ => self.record_debug(field, &value),
         }
     }
     fn record_str(&mut self, field: &Field, value: &str) {

@@ -147,6 +147,9 @@ fn config_of(options: &Bound<'_, PyDict>) -> PyResult<ServerConfig> {
             "max_connections" => config.max_connections = value.extract()?,
             "max_unread" => config.max_unread = value.extract()?,
             "max_staged" => config.max_staged = value.extract()?,
+            "max_cursors" => config.max_cursors = value.extract()?,
+            "peer_timeout" => config.peer_timeout = seconds()?.unwrap_or(config.peer_timeout),
+            "slow_operation" => config.slow_operation = seconds()?,
             "tls" => {
                 let tls: Option<PyRef<'_, PyServerTls>> = value.extract()?;
                 config.tls = tls.map(|tls| tls.0.clone());

@@ -166,6 +166,7 @@ impl Patience {
 fn finish(hub: &Arc<Hub>, mut group: Vec<FinishJob>) {
     let began = Instant::now();
     count(&hub.stats.groups);
+    hub.stats.group_size.record(group.len());
     let voted: Vec<VotedTxn> = group.iter_mut().filter_map(|job| job.held.voted.take()).collect();
     let mut jobs: Vec<Option<FinishJob>> = group.into_iter().map(Some).collect();
     let mut finished = Vec::with_capacity(jobs.len());
@@ -195,6 +196,9 @@ fn finish(hub: &Arc<Hub>, mut group: Vec<FinishJob>) {
         Err(_) => StorageError::PreviousIo("the storage panicked in finish".into()),
     };
     hub.stats.finish_seconds.record(began.elapsed());
+    if let Some(sync) = hub.storage.last_sync() {
+        hub.stats.sync_seconds.record(sync);
+    }
     for job in jobs.into_iter().flatten() {
         tracing::error!(storage = %hub.id, %error, "a transaction could not be finished");
         refuse(job, &error);

@@ -89,7 +89,15 @@ pub(crate) async fn serve<S>(
     let encoding = match hello {
         Ok(Some(encoding)) => encoding,
         Ok(None) => return tracing::debug!(client = %peer, "connection without a client closed"),
-        Err(reason) => return tracing::info!(client = %peer, reason, "handshake failed, connection closed"),
+        // Port scans and monitors that know no ZEO come often and say nothing new.
+        Err(reason) => {
+            return match server.refusals.spend(Instant::now()) {
+                Some(not_logged) => {
+                    tracing::info!(client = %peer, reason, not_logged, "handshake failed, connection closed");
+                }
+                None => tracing::debug!(client = %peer, reason, "handshake failed, connection closed"),
+            };
+        }
     };
     let runtime = tokio::runtime::Handle::current();
     let mut connection = Connection {
@@ -102,6 +110,9 @@ pub(crate) async fn serve<S>(
     let Connection { session, .. } = connection;
     let client = session.who();
     match reason {
+        End::Peer if session.registration.is_none() => {
+            tracing::debug!(client, "connection without a client closed");
+        }
         End::Peer => tracing::info!(client, "client disconnected"),
         End::Server(reason) => tracing::warn!(client, reason, "connection closed"),
         End::Stop => tracing::debug!(client, "connection closed, the server stops"),
@@ -206,7 +217,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Connection<S> {
                 () = sleep_until(stop_at.unwrap_or_else(Instant::now).into()), if stop_at.is_some() => return End::Stop,
                 _ = stop.changed(), if stop_at.is_none() => {}
                 done = transfer(socket, &mut session.out, received, &mut session.stream, may_serve) => match done {
-                    Transfer::Moved => {}
+                    Transfer::Sent(count) => session.count_traffic(0, count),
+                    Transfer::Received(count) => session.count_traffic(count, 0),
                     Transfer::Ended => return End::Peer,
                     Transfer::Read(buffer) => session.stream_on(buffer),
                 }
@@ -232,8 +244,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Connection<S> {
 }
 
 enum Transfer {
-    /// Bytes were sent or received.
-    Moved,
+    /// So many bytes.
+    Sent(usize),
+    Received(usize),
     /// The peer is gone.
     Ended,
     /// The next piece of a blob is in memory.
@@ -259,7 +272,7 @@ async fn transfer<S: AsyncRead + AsyncWrite + Unpin>(
                     if out.is_empty() && out.capacity() > KEEP {
                         *out = BytesMut::new();
                     }
-                    Transfer::Moved
+                    Transfer::Sent(sent)
                 }
             });
         }
@@ -274,10 +287,9 @@ async fn transfer<S: AsyncRead + AsyncWrite + Unpin>(
             return Poll::Ready(Transfer::Read(read.unwrap_or_else(|error| Err(error.into()))));
         }
         if may_receive && let Poll::Ready(read) = pin!(socket.read_buf(received)).poll(cx) {
-            return Poll::Ready(if matches!(read, Ok(0) | Err(_)) {
-                Transfer::Ended
-            } else {
-                Transfer::Moved
+            return Poll::Ready(match read {
+                Ok(0) | Err(_) => Transfer::Ended,
+                Ok(count) => Transfer::Received(count),
             });
         }
         Poll::Pending

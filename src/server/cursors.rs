@@ -14,8 +14,6 @@ use crate::pickle::Value;
 use crate::storage::{RecordIterator, Storage, StorageError, TxnIterator};
 use crate::wire::Fault;
 
-/// Cursors that one client may keep open.
-const MAX_CURSORS: usize = 1000;
 /// Calls of one client that may wait for another.
 const MAX_WAITING: usize = 10_000;
 
@@ -33,18 +31,24 @@ enum Cursor {
 }
 
 /// Open cursors by id. Ids count up from 0 and are shared between both kinds.
-#[derive(Default)]
 pub(crate) struct Cursors {
     open: HashMap<i64, Cursor>,
     next: i64,
+    /// That may be open.
+    limit: usize,
 }
 
 impl Cursors {
+    pub(crate) fn new(limit: usize) -> Self {
+        Self { open: HashMap::new(), next: 0, limit }
+    }
+
     fn add(&mut self, cursor: Cursor) -> Result<Value, Fault> {
-        if self.open.len() >= MAX_CURSORS {
-            return Err(Fault::value_error(format!(
-                "more than {MAX_CURSORS} iterators are open; exhaust or collect some"
-            )));
+        if self.open.len() >= self.limit {
+            let limit = self.limit;
+            let text =
+                format!("more than {limit} iterators are open (max-iterators); exhaust or collect some");
+            return Err(Fault::value_error(text));
         }
         let iid = self.next;
         self.next += 1;
@@ -52,12 +56,14 @@ impl Cursors {
         Ok(iid.into())
     }
 
-    fn serve(&mut self, storage: &dyn Storage, call: CursorCall) -> Result<Value, Fault> {
+    /// Iterations end at `view`, as that of the connection was when they began.
+    fn serve(&mut self, storage: &dyn Storage, view: Tid, call: CursorCall) -> Result<Value, Fault> {
         let failed = |error: StorageError| fault::of(&error);
         let unknown = |iid: i64| Fault::key_error(iid.into());
         match call {
             CursorCall::Start { start, stop } => {
-                let iter = storage.iterate(start, stop).map_err(failed)?;
+                let stop = stop.map_or(view, |stop| stop.min(view));
+                let iter = storage.iterate(start, Some(stop)).map_err(failed)?;
                 self.add(Cursor::Transactions { iter, current: None })
             }
             CursorCall::Next { iid } => {
@@ -145,10 +151,10 @@ impl Session {
         }
         let Some((to, call)) = self.cursor_calls.pop_front() else { return };
         let Some(mut cursors) = self.cursors.take() else { return };
-        let (storage, hub) = (Arc::clone(&hub.storage), Arc::clone(hub));
+        let (storage, hub, view) = (Arc::clone(&hub.storage), Arc::clone(hub), self.view);
         self.background(
             move || {
-                let served = cursors.serve(&*storage, call);
+                let served = cursors.serve(&*storage, view, call);
                 (cursors, served)
             },
             move |session, (cursors, served)| {

@@ -11,7 +11,8 @@ use std::time::{Duration, SystemTime};
 
 use rustc_hash::{FxHashMap, FxHashSet};
 
-use super::admin::histogram::Histogram;
+use super::admin::histogram::{Histogram, Sizes};
+use super::admin::rates::Rates;
 use super::commit::Committer;
 use super::locks::LockTable;
 use super::mailbox::{Event, Mailbox, Publication, StorageInfo};
@@ -32,11 +33,20 @@ pub(crate) struct Stats {
     pub(crate) conflicts: AtomicU64,
     pub(crate) conflicts_resolved: AtomicU64,
     pub(crate) active_txns: AtomicU64,
+    /// Of registered connections, as sent and received by the sockets (TLS: before encryption).
+    pub(crate) bytes_received: AtomicU64,
+    pub(crate) bytes_sent: AtomicU64,
+    /// Operations that took longer than the threshold of the log.
+    pub(crate) slow: AtomicU64,
     /// Groups of finishes; `commits / groups` is what one sync carries.
     pub(crate) groups: AtomicU64,
     pub(crate) load_seconds: Histogram,
     pub(crate) lock_wait_seconds: Histogram,
     pub(crate) finish_seconds: Histogram,
+    /// What of a finish was waiting for the disk.
+    pub(crate) sync_seconds: Histogram,
+    /// Transactions of a group.
+    pub(crate) group_size: Sizes,
 }
 
 pub(crate) fn count(counter: &AtomicU64) {
@@ -133,6 +143,7 @@ pub(crate) struct Hub {
     pub(crate) locks: Arc<LockTable>,
     pub(crate) committer: Committer,
     pub(crate) stats: Stats,
+    pub(crate) rates: Rates,
     pub(crate) pack: PackWatch,
     pub(crate) options: HubOptions,
     pub(crate) started: SystemTime,
@@ -159,6 +170,7 @@ impl Hub {
             locks: Arc::default(),
             committer,
             stats: Stats::default(),
+            rates: Rates::default(),
             pack: PackWatch::default(),
             options,
             started: SystemTime::now(),
@@ -207,6 +219,13 @@ impl Hub {
         let mut clients: Vec<_> = registry.listeners.iter().collect();
         clients.sort_by_key(|(id, _)| **id);
         clients.into_iter().map(|(_, mailbox)| mailbox.client()).collect()
+    }
+
+    /// Bytes of invalidations that clients have not read: of all together, and of the slowest.
+    pub(crate) fn unread(&self) -> (usize, usize) {
+        let registry = self.registry();
+        let unread = registry.listeners.values().map(|mailbox| mailbox.unread());
+        unread.fold((0, 0), |(sum, most), unread| (sum + unread, most.max(unread)))
     }
 
     pub(crate) fn connections(&self) -> usize {

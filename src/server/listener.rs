@@ -6,9 +6,9 @@ use std::net::SocketAddr;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use socket2::{Domain, SockRef, Socket as RawSocket, TcpKeepalive, Type};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
@@ -26,9 +26,6 @@ use crate::net::tls::{ServerTls, TlsError};
 use crate::storage::{Storage, StorageError};
 
 const BACKLOG: i32 = 1024;
-/// A peer that acknowledges nothing, or takes in nothing of what waits for it, for this long is gone (half-open
-/// connections, pulled cables, stopped processes).
-const PEER_SILENCE: Duration = Duration::from_secs(60);
 
 /// Why a server could not be started or stopped.
 #[derive(Debug, thiserror::Error)]
@@ -129,7 +126,7 @@ impl Server {
         for address in &addresses {
             tracing::info!(%address, "listening");
         }
-        let shared = Arc::new(Shared { config, hubs, stopping: AtomicBool::new(false) });
+        let shared = Arc::new(Shared::new(config, hubs));
         if let Some(address) = &http_address {
             tracing::info!(%address, "listening for operators (HTTP)");
         }
@@ -151,7 +148,7 @@ impl Server {
     /// # Errors
     /// The first storage that could not be closed.
     pub async fn run(self, shutdown: impl Future<Output = ()>) -> Result<(), ServerError> {
-        let Self { shared, listeners, http, .. } = self;
+        let Self { shared, listeners, http, http_address, .. } = self;
         let (stop, stopped) = watch::channel(false);
         let connections = TaskTracker::new();
         let acceptors = TaskTracker::new();
@@ -169,6 +166,9 @@ impl Server {
                 Ok(listener) => drop(tokio::spawn(admin::serve(listener, Arc::clone(&shared)))),
                 Err(error) => tracing::error!(%error, "the HTTP listener ended"),
             }
+        }
+        if http_address.is_some() {
+            drop(tokio::spawn(admin::watch_rates(Arc::clone(&shared))));
         }
         acceptors.spawn(save_indexes(Arc::clone(&shared), stopped));
         shutdown.await;
@@ -378,38 +378,42 @@ async fn accept(
     connections: TaskTracker,
     mut stopped: watch::Receiver<bool>,
 ) -> io::Result<()> {
-    let open = Arc::new(AtomicUsize::new(0));
     let acceptor = match listener {
         Listener::Tcp(listener) => Acceptor::Tcp(TcpListener::from_std(listener)?),
         Listener::Unix(listener, file) => Acceptor::Unix(UnixListener::from_std(listener)?, file),
     };
     loop {
         let accepted = tokio::select! {
-            accepted = acceptor.accept() => accepted,
+            accepted = acceptor.accept(shared.config.peer_timeout) => accepted,
             _ = stopped.wait_for(|stop| *stop) => return Ok(()),
         };
         let (socket, peer) = match accepted {
             Ok(accepted) => accepted,
             Err(error) => {
                 // Out of file descriptors, or a connection that ended before it was accepted.
-                tracing::warn!(%error, "cannot accept a connection");
+                if let Some(not_logged) = shared.refusals.spend(Instant::now()) {
+                    tracing::warn!(%error, not_logged, "cannot accept a connection");
+                }
                 tokio::time::sleep(Duration::from_millis(50)).await;
                 continue;
             }
         };
-        if open.load(Ordering::Relaxed) >= shared.config.max_connections {
-            tracing::warn!(client = %peer, limit = shared.config.max_connections, "too many connections, one refused");
+        let limit = shared.config.max_connections;
+        if shared.open.fetch_add(1, Ordering::Relaxed) >= limit {
+            shared.open.fetch_sub(1, Ordering::Relaxed);
+            if let Some(not_logged) = shared.refusals.spend(Instant::now()) {
+                tracing::warn!(client = %peer, limit, not_logged, "too many connections (max-connections), one refused");
+            }
             continue;
         }
-        open.fetch_add(1, Ordering::Relaxed);
         tracing::debug!(client = %peer, "connected");
-        let (shared, stopped, open) = (Arc::clone(&shared), stopped.clone(), Arc::clone(&open));
+        let (shared, stopped) = (Arc::clone(&shared), stopped.clone());
         connections.spawn(async move {
             match shared.config.tls.clone() {
-                None => serve(shared, socket, peer, stopped).await,
-                Some(tls) => Box::pin(serve_tls(shared, &tls, socket, peer, stopped)).await,
+                None => serve(Arc::clone(&shared), socket, peer, stopped).await,
+                Some(tls) => Box::pin(serve_tls(Arc::clone(&shared), &tls, socket, peer, stopped)).await,
             }
-            open.fetch_sub(1, Ordering::Relaxed);
+            shared.open.fetch_sub(1, Ordering::Relaxed);
         });
     }
 }
@@ -460,11 +464,11 @@ enum Acceptor {
 }
 
 impl Acceptor {
-    async fn accept(&self) -> io::Result<(Socket, String)> {
+    async fn accept(&self, peer_timeout: Duration) -> io::Result<(Socket, String)> {
         match self {
             Self::Tcp(listener) => {
                 let (stream, peer) = listener.accept().await?;
-                if let Err(error) = set_options(&stream) {
+                if let Err(error) = set_options(&stream, peer_timeout) {
                     // Usually closed again already; reading will tell.
                     tracing::debug!(client = %peer, %error, "socket options cannot be set");
                 }
@@ -486,11 +490,12 @@ fn peer_name(stream: &UnixStream, path: &Path) -> String {
     }
 }
 
-fn set_options(stream: &TcpStream) -> io::Result<()> {
+fn set_options(stream: &TcpStream, peer_timeout: Duration) -> io::Result<()> {
     stream.set_nodelay(true)?;
     let socket = SockRef::from(stream);
-    let keepalive =
-        TcpKeepalive::new().with_time(PEER_SILENCE / 4).with_interval(PEER_SILENCE / 12).with_retries(3);
+    // The system counts in whole seconds.
+    let seconds = |share: u32| (peer_timeout / share).max(Duration::from_secs(1));
+    let keepalive = TcpKeepalive::new().with_time(seconds(4)).with_interval(seconds(12)).with_retries(3);
     socket.set_tcp_keepalive(&keepalive)?;
-    socket.set_tcp_user_timeout(Some(PEER_SILENCE))
+    socket.set_tcp_user_timeout(Some(peer_timeout))
 }

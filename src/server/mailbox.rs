@@ -140,6 +140,11 @@ impl Mailbox {
         }
     }
 
+    /// Bytes of invalidations that wait for its client.
+    pub(crate) fn unread(&self) -> usize {
+        self.lock().unread
+    }
+
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -169,13 +174,15 @@ impl Mailbox {
     }
 
     /// The connection is to be closed for this reason, even if it is busy or its client does not read.
+    ///
+    /// What waits for it stays here until its task has ended it. It is not dropped now: the caller may be announcing a
+    /// transaction, and with a verdict that nobody reads any more goes the abort of a voted transaction, which in a
+    /// storage that is a client itself waits for an answer that only the caller's thread can receive.
     pub(crate) fn condemn(&self, reason: String) {
         let mut state = self.lock();
         state.closed = true;
         state.condemned.get_or_insert(reason);
-        let unread = std::mem::take(&mut state.events);
         drop(state);
-        drop(unread);
         self.condemned.store(true, Ordering::Release);
         self.wake.notify_one();
     }
@@ -218,5 +225,35 @@ impl Mailbox {
         let mut state = self.lock();
         state.closed = true;
         std::mem::take(&mut state.events)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Dropped(Arc<AtomicBool>);
+
+    impl Drop for Dropped {
+        fn drop(&mut self) {
+            self.0.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// Whoever announces a transaction may hold what the abort of a voted one needs.
+    #[test]
+    fn what_a_condemned_connection_holds_is_not_released_by_its_judge() {
+        let mailbox = Mailbox::new(100, "peer".into());
+        let released = Arc::new(AtomicBool::new(false));
+        let verdict = Dropped(Arc::clone(&released));
+        mailbox.post(Event::Continue(Box::new(move |_| drop(verdict))));
+        let publication = || Event::Published(Arc::new(Publication::new(Tid(1), Arc::new([Oid(1)]))));
+        mailbox.post(publication());
+        assert!(mailbox.sentence().is_none());
+        mailbox.post(publication());
+        assert!(mailbox.sentence().is_some_and(|reason| reason.contains("does not read")));
+        assert!(!released.load(Ordering::Relaxed));
+        drop(mailbox.close());
+        assert!(released.load(Ordering::Relaxed));
     }
 }

@@ -9,7 +9,7 @@
 //! | `hub` | one storage: who listens, what was published |
 //! | `locks`, `commit` | which transaction holds which objects; the thread that finishes |
 //! | `admin` | the operators' HTTP listener: metrics, health, status page |
-//! | `status`, `fault` | numbers for monitors; errors for clients |
+//! | `status`, `fault`, `slow` | numbers for monitors; errors for clients; what took too long, for the log |
 //!
 //! The rules of ordering and what they exclude: `docs/ordering.md`.
 
@@ -25,13 +25,14 @@ mod locks;
 mod mailbox;
 mod reads;
 mod session;
+mod slow;
 mod status;
 mod transaction;
 mod undo;
 
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use crate::limits;
@@ -42,6 +43,7 @@ use crate::storage::{ConflictResolver, NoResolution, References};
 use hub::Hub;
 pub use listener::{Server, ServerError, ServerHandle};
 pub use locks::LockHolder;
+use slow::{Budget, SlowLog};
 
 /// How to serve. The defaults are ZEO's, except for limits that ZEO does not have.
 pub struct ServerConfig {
@@ -70,8 +72,15 @@ pub struct ServerConfig {
     pub max_unread: usize,
     /// Bytes of one transaction before its vote.
     pub max_staged: usize,
+    /// Iterators that a client may keep open.
+    pub max_cursors: usize,
     /// How long an accepted connection may say nothing.
     pub handshake_timeout: Duration,
+    /// A peer that acknowledges nothing, or takes in nothing of what waits for it, for this long is gone (half-open
+    /// connections, pulled cables, stopped processes). TCP only.
+    pub peer_timeout: Duration,
+    /// Operations that take this long are logged; `None`: none are.
+    pub slow_operation: Option<Duration>,
     /// Where operators are answered over HTTP (metrics, health, a status page); `None`: nowhere.
     pub http: Option<Address>,
     /// How long a stopping server waits for clients that have voted to finish.
@@ -100,7 +109,10 @@ impl Default for ServerConfig {
             max_connections: 10_000,
             max_unread: 16 << 20,
             max_staged: 4 << 30,
+            max_cursors: 1000,
             handshake_timeout: Duration::from_secs(60),
+            peer_timeout: Duration::from_secs(60),
+            slow_operation: Some(Duration::from_secs(1)),
             http: None,
             shutdown_grace: Duration::from_secs(5),
             tls: None,
@@ -120,10 +132,26 @@ impl fmt::Debug for ServerConfig {
 pub(crate) struct Shared {
     pub(crate) config: ServerConfig,
     pub(crate) hubs: Vec<Arc<Hub>>,
+    pub(crate) slow: SlowLog,
+    /// Connections of all listeners.
+    open: AtomicUsize,
+    /// Lines about connections that were refused or never became a client's.
+    refusals: Budget,
     stopping: AtomicBool,
 }
 
 impl Shared {
+    fn new(config: ServerConfig, hubs: Vec<Arc<Hub>>) -> Self {
+        Self {
+            slow: SlowLog::new(config.slow_operation),
+            config,
+            hubs,
+            open: AtomicUsize::new(0),
+            refusals: Budget::default(),
+            stopping: AtomicBool::new(false),
+        }
+    }
+
     /// Long work should give up.
     pub(crate) fn is_stopping(&self) -> bool {
         self.stopping.load(Ordering::Relaxed)

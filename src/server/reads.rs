@@ -10,7 +10,9 @@ use super::undo::with_extension;
 use crate::ids::{Oid, Tid};
 use crate::limits::MAX_NEW_OIDS;
 use crate::pickle::Value;
-use crate::storage::{Loaded, PackOptions, PackProgress, Result, Storage, StorageError};
+use crate::storage::{
+    HistoryEntry, Loaded, NextRecord, PackOptions, PackProgress, Result, Storage, StorageError,
+};
 use crate::wire::{Fault, encode_loaded};
 
 /// Entries that `history` may be asked for at once.
@@ -30,23 +32,26 @@ impl Session {
         };
         if !matches!(loaded, Err(StorageError::WouldBlock)) {
             let served = self.loaded(to, view, loaded);
-            hub.stats.load_seconds.record(began.elapsed());
+            let took = began.elapsed();
+            hub.stats.load_seconds.record(took);
+            self.took(to, took);
             return served;
         }
         count(&hub.stats.disk_loads);
         let mut to = to.take();
         let (storage, hub) = (Arc::clone(&hub.storage), Arc::clone(hub));
-        self.slow_loads += 1;
+        self.slow_loads.push(view);
         self.background(
             move || storage.load_before(oid, as_of_view),
             move |session, loaded| {
-                session.slow_loads -= 1;
                 let served = session.loaded_slowly(&mut to, oid, view, loaded);
-                if session.slow_loads == 0 {
-                    session.published_meanwhile.clear();
+                session.slow_load_done(view);
+                let took = began.elapsed();
+                hub.stats.load_seconds.record(took);
+                match served {
+                    Ok(Outcome::Later) => session.took(&to, took),
+                    served => session.answer(to, served),
                 }
-                session.answer(to, served);
-                hub.stats.load_seconds.record(began.elapsed());
             },
         );
         Ok(Outcome::Later)
@@ -86,6 +91,9 @@ impl Session {
     }
 
     pub(crate) fn load_serial(&mut self, hub: &Arc<Hub>, to: &mut ReplyTo, oid: Oid, serial: Tid) -> Served {
+        if serial > self.view {
+            return Err(fault::of(&StorageError::NotFound(oid)));
+        }
         let storage = Arc::clone(&hub.storage);
         self.in_background(to, move || storage.load_serial(oid, serial).map(Value::from))
     }
@@ -102,8 +110,9 @@ impl Session {
     pub(crate) fn history(&mut self, hub: &Arc<Hub>, to: &mut ReplyTo, oid: Oid, size: i64) -> Served {
         let storage = Arc::clone(&hub.storage);
         let size = size.clamp(0, MAX_HISTORY) as usize;
+        let view = self.view;
         self.in_background(to, move || {
-            let entries = storage.history(oid, size)?.into_iter().map(|entry| {
+            let entries = history_up_to(&*storage, oid, size, view)?.into_iter().map(|entry| {
                 let fixed = [
                     ("time", entry.tid.to_unix().into()),
                     ("user_name", entry.meta.user.into()),
@@ -122,7 +131,8 @@ impl Session {
             return Err(fault::of(&StorageError::Unsupported("record_iternext")));
         }
         let storage = Arc::clone(&hub.storage);
-        self.in_background(to, move || match storage.record_iternext(next)? {
+        let view = self.view;
+        self.in_background(to, move || match record_as_of(&*storage, next, view)? {
             Some(record) => Ok(Value::Tuple(vec![
                 record.oid.into(),
                 record.tid.into(),
@@ -213,6 +223,46 @@ impl Session {
         }
         self.background(work, |_, _| {});
         Ok(Outcome::Reply(Value::None))
+    }
+}
+
+/// The newest `size` revisions that are not younger than `view`.
+///
+/// Younger ones are those whose publication is under way, so this asks once, or, if some are on top, once more.
+fn history_up_to(storage: &dyn Storage, oid: Oid, size: usize, view: Tid) -> Result<Vec<HistoryEntry>> {
+    let mut asked = size;
+    loop {
+        let mut entries = storage.history(oid, asked)?;
+        let found = entries.len();
+        entries.retain(|entry| entry.tid <= view);
+        if entries.len() >= size || found < asked {
+            entries.truncate(size);
+            // Created after the view.
+            return if entries.is_empty() && found > 0 {
+                Err(StorageError::NotFound(oid))
+            } else {
+                Ok(entries)
+            };
+        }
+        asked = size + (found - entries.len());
+    }
+}
+
+/// `record_iternext` as of `view`: objects that are younger are passed over.
+fn record_as_of(storage: &dyn Storage, next: Option<Oid>, view: Tid) -> Result<Option<NextRecord>> {
+    let mut from = next;
+    loop {
+        let Some(record) = storage.record_iternext(from)? else { return Ok(None) };
+        if record.tid <= view {
+            return Ok(Some(record));
+        }
+        match storage.load_before(record.oid, view.next()) {
+            Ok(Some(Loaded { data, tid, .. })) => return Ok(Some(NextRecord { data, tid, ..record })),
+            Ok(None) | Err(StorageError::NotFound(_)) => {}
+            Err(error) => return Err(error),
+        }
+        let Some(following) = record.next else { return Ok(None) };
+        from = Some(following);
     }
 }
 

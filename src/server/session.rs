@@ -17,7 +17,7 @@ use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
 use tokio::runtime::Handle;
@@ -28,8 +28,9 @@ use super::cursors::{CursorCall, Cursors};
 use super::fault;
 use super::hub::{Hub, Registration};
 use super::mailbox::{Event, Mailbox, Publication, StorageInfo};
+use super::slow::Operation;
 use super::transaction::Transaction;
-use crate::ids::Tid;
+use crate::ids::{Oid, Tid};
 use crate::pickle::Value;
 use crate::storage::StorageError;
 use crate::wire::{
@@ -48,6 +49,10 @@ pub(crate) struct ReplyTo {
     /// The client waits for no answer; an error closes the connection.
     pub(crate) is_async: bool,
     pub(crate) method: &'static str,
+    pub(crate) began: Instant,
+    /// What it is about, for the log.
+    pub(crate) oid: Option<Oid>,
+    pub(crate) tid: Option<Tid>,
 }
 
 /// What a call has come to.
@@ -81,9 +86,9 @@ pub(crate) struct Session {
     /// `None` while a worker thread has them.
     pub(crate) cursors: Option<Cursors>,
     pub(crate) cursor_calls: VecDeque<(ReplyTo, CursorCall)>,
-    /// Loads on worker threads, and what was published since the first of them began.
-    pub(crate) slow_loads: usize,
-    pub(crate) published_meanwhile: Vec<Arc<Publication>>,
+    /// The views of loads on worker threads, and what was published since the oldest of them.
+    pub(crate) slow_loads: Vec<Tid>,
+    pub(crate) published_meanwhile: VecDeque<Arc<Publication>>,
     hold: usize,
     jobs: usize,
     events: VecDeque<Event>,
@@ -93,6 +98,7 @@ pub(crate) struct Session {
 impl Session {
     pub(crate) fn new(server: Arc<Shared>, runtime: Handle, peer: String, encoding: Encoding) -> Self {
         let mailbox = Arc::new(Mailbox::new(server.config.max_unread, peer.clone()));
+        let cursors = Cursors::new(server.config.max_cursors);
         Self {
             server,
             runtime,
@@ -109,10 +115,10 @@ impl Session {
             committer_busy: 0,
             upload: None,
             stream: None,
-            cursors: Some(Cursors::default()),
+            cursors: Some(cursors),
             cursor_calls: VecDeque::new(),
-            slow_loads: 0,
-            published_meanwhile: Vec::new(),
+            slow_loads: Vec::new(),
+            published_meanwhile: VecDeque::new(),
             hold: 0,
             jobs: 0,
             events: VecDeque::new(),
@@ -190,8 +196,23 @@ impl Session {
 
     fn advance(&mut self, publication: Arc<Publication>) {
         self.view = self.view.max(publication.tid);
-        if self.slow_loads > 0 {
-            self.published_meanwhile.push(publication);
+        if !self.slow_loads.is_empty() {
+            self.published_meanwhile.push_back(publication);
+        }
+    }
+
+    /// A load as of `view` has come back: what only it had to know is forgotten.
+    pub(crate) fn slow_load_done(&mut self, view: Tid) {
+        if let Some(at) = self.slow_loads.iter().position(|other| *other == view) {
+            self.slow_loads.swap_remove(at);
+        }
+        let oldest = self.slow_loads.iter().min();
+        while self
+            .published_meanwhile
+            .front()
+            .is_some_and(|first| oldest.is_none_or(|oldest| first.tid <= *oldest))
+        {
+            self.published_meanwhile.pop_front();
         }
     }
 
@@ -213,7 +234,8 @@ impl Session {
             Ok(call) => call,
             Err(bad) => return self.serve_bad(id, is_async, &bad),
         };
-        let mut to = ReplyTo { id, is_async, method: method(&call) };
+        let (oid, tid) = subject(&call);
+        let mut to = ReplyTo { id, is_async, method: method(&call), began: Instant::now(), oid, tid };
         let served = match (&self.registration, call) {
             (None, Call::Register { storage, read_only }) => self.register(&storage, read_only),
             (None, _) => return self.close(format!("it called {} before register", to.method)),
@@ -233,7 +255,8 @@ impl Session {
             BadCall::UnknownMethod(name) if name != "new_oid" => return self.close(bad.to_string()),
             _ => Fault::from(bad),
         };
-        self.answer(ReplyTo { id, is_async, method: "call" }, Err(fault));
+        let began = Instant::now();
+        self.answer(ReplyTo { id, is_async, method: "call", began, oid: None, tid: None }, Err(fault));
     }
 
     fn dispatch(&mut self, hub: &Arc<Hub>, call: Call, to: &mut ReplyTo) -> Served {
@@ -312,6 +335,13 @@ impl Session {
 
     /// Writes what a call has come to.
     pub(crate) fn answer(&mut self, to: ReplyTo, served: Served) {
+        if matches!(served, Ok(Outcome::Later)) {
+            return;
+        }
+        // A pack takes its time, and a blob that of its client.
+        if !matches!(to.method, "pack" | "sendBlob") {
+            self.took(&to, to.began.elapsed());
+        }
         match served {
             Ok(Outcome::Later) => {}
             Ok(Outcome::Reply(_)) if to.is_async => {}
@@ -321,6 +351,31 @@ impl Session {
                 }
             }
             Err(fault) => self.answer_fault(&to, &fault),
+        }
+    }
+
+    /// For the log of slow operations.
+    pub(crate) fn took(&self, to: &ReplyTo, took: Duration) {
+        let Some(Registration { hub, .. }) = &self.registration else { return };
+        let operation = Operation {
+            client: &self.peer,
+            label: &self.label,
+            storage: &hub.id,
+            call: to.method,
+            oid: to.oid,
+            tid: to.tid,
+        };
+        self.server.slow.note(took, &hub.stats.slow, &operation);
+    }
+
+    /// Bytes that its socket has moved.
+    pub(crate) fn count_traffic(&self, received: usize, sent: usize) {
+        if let Some(Registration { hub, .. }) = &self.registration {
+            let (counter, count) = match sent {
+                0 => (&hub.stats.bytes_received, received),
+                sent => (&hub.stats.bytes_sent, sent),
+            };
+            counter.fetch_add(count as u64, Ordering::Relaxed);
         }
     }
 
@@ -419,13 +474,29 @@ impl ReplyTo {
     /// Moves it out, for an answer that comes later.
     pub(crate) fn take(&mut self) -> Self {
         let id = std::mem::replace(&mut self.id, MessageId::Seq(0));
-        Self { id, is_async: self.is_async, method: self.method }
+        Self { id, ..*self }
     }
 }
 
 /// Keeps `data` without keeping the much larger buffer that it was received in.
 pub(crate) fn own(data: Bytes) -> Bytes {
     if data.len() < 16 << 10 { Bytes::copy_from_slice(&data) } else { data }
+}
+
+/// The object and the transaction that a call names.
+fn subject(call: &Call) -> (Option<Oid>, Option<Tid>) {
+    match call {
+        Call::LoadBefore { oid, before } => (Some(*oid), Some(*before)),
+        Call::LoadSerial { oid, serial } | Call::SendBlob { oid, serial } => (Some(*oid), Some(*serial)),
+        Call::GetTid { oid } | Call::History { oid, .. } => (Some(*oid), None),
+        Call::StoreBlobEnd { oid, serial, .. } | Call::StoreBlobShared { oid, serial, .. } => {
+            (Some(*oid), Some(*serial))
+        }
+        Call::RecordIternext { next } => (*next, None),
+        Call::GetInvalidations { tid } | Call::IteratorRecordStart { tid, .. } => (None, Some(*tid)),
+        Call::IteratorStart { start, .. } => (None, *start),
+        _ => (None, None),
+    }
 }
 
 fn method(call: &Call) -> &'static str {

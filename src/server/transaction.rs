@@ -169,7 +169,7 @@ impl Session {
             txn.bytes += 64;
         }
         if txn.bytes > limit {
-            self.close(format!("its transaction exceeds the limit of {limit} bytes"));
+            self.close(format!("its transaction exceeds the limit of {limit} bytes (max-transaction-size)"));
         }
         Ok(Outcome::Reply(Value::None))
     }
@@ -394,7 +394,8 @@ impl Session {
         let Some(txn) = &self.txn else { return };
         let age = txn.since().map_or(Duration::ZERO, |since| since.elapsed());
         let storage = self.registration.as_ref().map_or("", |registration| &registration.hub.id);
-        tracing::error!(client = %self.peer, label = %self.label, storage, age = ?age, "transaction timeout: aborted, client dropped");
+        let critical = true;
+        tracing::error!(critical, client = %self.peer, label = %self.label, storage, age = ?age, "transaction timeout: aborted, client dropped");
         self.close(format!("its transaction held locks of storage {storage} for {age:.1?}"));
     }
 }

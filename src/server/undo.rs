@@ -28,8 +28,9 @@ impl Session {
         let bound = |number: i64| usize::try_from(number.max(0)).unwrap_or(usize::MAX);
         let (first, last) = (bound(first), bound(last));
         let storage = Arc::clone(&hub.storage);
+        let view = self.view;
         self.in_background(to, move || {
-            let mut accept = |entry: &UndoEntry| admits(&specification, entry);
+            let mut accept = |entry: &UndoEntry| entry.tid <= view && admits(&specification, entry);
             let entries = storage.undo_log(first, last, &mut accept)?;
             Ok(Value::List(entries.iter().map(describe).collect()))
         })

@@ -23,6 +23,7 @@ pub mod transform;
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 
@@ -322,6 +323,10 @@ pub trait Storage: Send + Sync {
     /// Commits the group. On error nothing of the group was published and the storage refuses writes from then on.
     fn finish(&self, group: Vec<VotedTxn>, publish: &mut dyn FnMut(&Committed)) -> Result<()>;
     fn abort(&self, txn: VotedTxn);
+    /// How long the last [`Self::finish`] waited for its sync, for monitors; `None`: it makes none, or cannot tell.
+    fn last_sync(&self) -> Option<Duration> {
+        None
+    }
 
     /// Packs; the caller guarantees nothing, `switch_lock` gives the engine the whole storage for the final switch.
     fn pack(&self, options: PackOptions<'_>, switch_lock: &dyn WholeStorageLock) -> Result<()>;

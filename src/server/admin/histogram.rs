@@ -61,6 +61,36 @@ impl Histogram {
     }
 }
 
+/// Counts of small numbers (transactions of a group) by powers of two: up to 1, 2, 4 … 512, more.
+#[derive(Debug, Default)]
+pub(crate) struct Sizes {
+    buckets: [AtomicU64; SIZES],
+    sum: AtomicU64,
+}
+
+const SIZES: usize = 11;
+
+impl Sizes {
+    pub(crate) fn record(&self, size: usize) {
+        let bits = usize::BITS - size.saturating_sub(1).leading_zeros();
+        if let Some(bucket) = self.buckets.get((bits as usize).min(SIZES - 1)) {
+            bucket.fetch_add(1, Ordering::Relaxed);
+        }
+        self.sum.fetch_add(size as u64, Ordering::Relaxed);
+    }
+
+    /// As [`Histogram::buckets`].
+    pub(crate) fn buckets(&self) -> Vec<(f64, u64)> {
+        let bound = |at: usize| if at == SIZES - 1 { f64::INFINITY } else { (1u64 << at) as f64 };
+        let counts = self.buckets.iter().map(|count| count.load(Ordering::Relaxed));
+        counts.enumerate().map(|(at, count)| (bound(at), count)).collect()
+    }
+
+    pub(crate) fn sum(&self) -> u64 {
+        self.sum.load(Ordering::Relaxed)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -77,6 +107,16 @@ mod tests {
         assert_eq!(buckets[10], (1_048_576e-9, 1));
         assert_eq!(buckets[BUCKETS - 1], (f64::INFINITY, 1));
         assert_eq!(histogram.count(), 7);
+    }
+
+    #[test]
+    fn sizes_are_counted_below_their_bounds() {
+        let sizes = Sizes::default();
+        [1, 2, 3, 4, 5, 512, 513, 100_000].into_iter().for_each(|size| sizes.record(size));
+        let counts: Vec<u64> = sizes.buckets().into_iter().map(|(_, count)| count).collect();
+        assert_eq!(counts, [1, 1, 2, 1, 0, 0, 0, 0, 0, 1, 2]);
+        assert_eq!(sizes.buckets()[9].0, 512.0);
+        assert_eq!(sizes.sum(), 101_040);
     }
 
     #[test]

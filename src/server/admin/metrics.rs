@@ -11,7 +11,7 @@ use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::{Registry, Unit};
 
-use super::histogram::Histogram;
+use super::histogram::{Histogram, Sizes};
 use crate::server::Shared;
 use crate::server::hub::Hub;
 
@@ -41,9 +41,14 @@ impl Collector for Storages {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), Error> {
         let mut families = Families { encoder: &mut encoder, hubs: &self.0.hubs };
         families.counter("loads", "loadBefore calls", |hub| read(&hub.stats.loads))?;
-        families.counter("disk_loads", "loads that were not in the page cache", |hub| {
-            read(&hub.stats.disk_loads)
+        families.counter("page_cache_hits", "loads answered without waiting for the disk", |hub| {
+            read(&hub.stats.loads).saturating_sub(read(&hub.stats.disk_loads))
         })?;
+        families.counter(
+            "disk_loads",
+            "loads that were not in the page cache, or of a storage in Python",
+            |hub| read(&hub.stats.disk_loads),
+        )?;
         families.counter("stores", "records received for transactions", |hub| read(&hub.stats.stores))?;
         families.counter("commits", "finished transactions", |hub| read(&hub.stats.commits))?;
         families.counter("commit_groups", "groups of transactions that shared a sync", |hub| {
@@ -55,6 +60,15 @@ impl Collector for Storages {
         families.counter("conflicts_resolved", "objects whose conflict was resolved", |hub| {
             read(&hub.stats.conflicts_resolved)
         })?;
+        families.counter(
+            "slow_operations",
+            "operations above the threshold of the slow-operation log",
+            |hub| read(&hub.stats.slow),
+        )?;
+        families.counter("received_bytes", "received from registered clients", |hub| {
+            read(&hub.stats.bytes_received)
+        })?;
+        families.counter("sent_bytes", "sent to registered clients", |hub| read(&hub.stats.bytes_sent))?;
         families.gauge("connections", "registered clients", |hub| hub.connections() as f64)?;
         families
             .gauge("active_transactions", "begun and not ended", |hub| read(&hub.stats.active_txns) as f64)?;
@@ -72,6 +86,16 @@ impl Collector for Storages {
             "transactions kept for clients that were away",
             |hub| hub.registry().queue_len() as f64,
         )?;
+        families.gauge(
+            "unread_invalidation_bytes",
+            "invalidations that wait for all clients together",
+            |hub| hub.unread().0 as f64,
+        )?;
+        families.gauge(
+            "unread_invalidation_bytes_max",
+            "invalidations that wait for the slowest client; it is dropped at max-unread-invalidations",
+            |hub| hub.unread().1 as f64,
+        )?;
         families
             .gauge("pack_running", "1 while a pack runs", |hub| f64::from(u8::from(hub.pack.is_running())))?;
         families.gauge("pack_bytes_done", "bytes of the present phase of a pack", |hub| {
@@ -80,13 +104,22 @@ impl Collector for Storages {
         families.gauge("pack_bytes_total", "bytes of the present phase, when it is done", |hub| {
             hub.pack.progress().map_or(0.0, |progress| progress.bytes_total as f64)
         })?;
+        families.gauge("pack_objects_done", "objects of the present phase of a pack", |hub| {
+            hub.pack.progress().map_or(0.0, |progress| progress.objects_done as f64)
+        })?;
+        families.gauge("pack_objects_total", "objects of the present phase, when it is done", |hub| {
+            hub.pack.progress().map_or(0.0, |progress| progress.objects_total as f64)
+        })?;
         families.histogram("load", "loadBefore, from the request read to the reply written", |hub| {
             &hub.stats.load_seconds
         })?;
         families.histogram("lock_wait", "from a vote to its locks", |hub| &hub.stats.lock_wait_seconds)?;
         families.histogram("finish", "append, sync and publication of a group of transactions", |hub| {
             &hub.stats.finish_seconds
-        })
+        })?;
+        families
+            .histogram("sync", "what of a finish was waiting for the disk", |hub| &hub.stats.sync_seconds)?;
+        families.sizes("commit_group_size", "transactions that shared a sync", |hub| &hub.stats.group_size)
     }
 }
 
@@ -109,6 +142,22 @@ impl Families<'_, '_> {
         let mut family = self.encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
         for hub in self.hubs {
             ConstGauge::new(value(hub)).encode(family.encode_family(&labels(hub))?)?;
+        }
+        Ok(())
+    }
+
+    fn sizes(&mut self, name: &str, help: &str, of: impl Fn(&Arc<Hub>) -> &Sizes) -> Result<(), Error> {
+        let mut family = self.encoder.encode_descriptor(name, help, None, MetricType::Histogram)?;
+        for hub in self.hubs {
+            let sizes = of(hub);
+            let buckets = sizes.buckets();
+            let count = buckets.iter().map(|(_, count)| count).sum();
+            family.encode_family(&labels(hub))?.encode_histogram::<Labels>(
+                sizes.sum() as f64,
+                count,
+                &buckets,
+                None,
+            )?;
         }
         Ok(())
     }

@@ -14,10 +14,11 @@
 pub(crate) mod histogram;
 mod metrics;
 mod page;
+pub(crate) mod rates;
 
 use std::convert::Infallible;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use http_body_util::Full;
 use hyper::body::{Bytes, Incoming};
@@ -63,6 +64,16 @@ pub(crate) async fn serve(listener: TcpListener, shared: Arc<Shared>) {
             let _ = timeout(PATIENCE, connection).await;
             drop(place);
         });
+    }
+}
+
+/// Takes samples for the rates of the status page, until the runtime ends.
+pub(crate) async fn watch_rates(shared: Arc<Shared>) {
+    loop {
+        for hub in &shared.hubs {
+            hub.rates.sample(Instant::now(), rates::counters(&hub.stats));
+        }
+        tokio::time::sleep(rates::SAMPLE_EVERY).await;
     }
 }
 

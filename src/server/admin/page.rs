@@ -2,9 +2,11 @@
 
 use std::fmt::Write;
 use std::sync::Arc;
+use std::time::Instant;
 
 use serde_json::{Value, json};
 
+use super::rates;
 use crate::server::{Shared, status};
 
 /// Seconds after which the page loads itself again.
@@ -27,6 +29,11 @@ pub(super) fn status(shared: &Arc<Shared>) -> Value {
                 fields.insert("clients".into(), hub.clients().into_iter().map(client).collect());
                 fields.insert("load_seconds".into(), latency(&hub.stats.load_seconds));
                 fields.insert("finish_seconds".into(), latency(&hub.stats.finish_seconds));
+                fields.insert("sync_seconds".into(), latency(&hub.stats.sync_seconds));
+                let now = hub.rates.per_second(Instant::now(), rates::counters(&hub.stats));
+                let rates: serde_json::Map<_, _> =
+                    rates::NAMES.iter().zip(now).map(|(name, rate)| ((*name).into(), json!(rate))).collect();
+                fields.insert("rates".into(), rates.into());
                 fields.insert("write_failure".into(), hub.storage.write_failure().into());
             }
             (hub.id.clone(), storage)
@@ -75,8 +82,15 @@ fn storage_section(page: &mut String, id: &str, storage: &Value) {
     }
     page.push_str("<dl>");
     let milliseconds = |seconds: &Value| format!("{:.3} ms", seconds.as_f64().unwrap_or(0.0) * 1e3);
+    let rate = |name: &str| number(&storage["rates"][name]);
     let facts = [
         ("clients", storage["connections"].to_string()),
+        ("loads / s", rate("loads")),
+        ("commits / s", rate("commits")),
+        ("stores / s", rate("stores")),
+        ("conflicts / s", rate("conflicts")),
+        ("bytes in / s", rate("bytes_received")),
+        ("bytes out / s", rate("bytes_sent")),
         ("loads", storage["loads"].to_string()),
         ("load, p50 / p99", {
             let load = &storage["load_seconds"];
@@ -87,6 +101,10 @@ fn storage_section(page: &mut String, id: &str, storage: &Value) {
         ("finish, p50 / p99", {
             let finish = &storage["finish_seconds"];
             format!("{} / {}", milliseconds(&finish["p50"]), milliseconds(&finish["p99"]))
+        }),
+        ("sync, p50 / p99", {
+            let sync = &storage["sync_seconds"];
+            format!("{} / {}", milliseconds(&sync["p50"]), milliseconds(&sync["p99"]))
         }),
         ("conflicts", storage["conflicts"].to_string()),
         ("aborts", storage["aborts"].to_string()),

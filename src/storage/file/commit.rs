@@ -15,7 +15,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
 use rustc_hash::FxHashMap;
@@ -102,7 +102,11 @@ impl FileStorage {
             snapshot.note(tid, start);
             placed.push(Placed { tid, end: append.pos, oids: oids.clone(), positions: counted });
         }
-        append.flush().and_then(|()| snapshot.file.sync_data()).map_err(|e| self.cannot_write(e))?;
+        append.flush().map_err(|e| self.cannot_write(e))?;
+        let began = Instant::now();
+        snapshot.file.sync_data().map_err(|e| self.cannot_write(e))?;
+        let took = u64::try_from(began.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        self.last_sync.store(took, Ordering::Relaxed);
         Ok(placed)
     }
 

@@ -112,6 +112,8 @@ pub struct FileStorage {
     closed: AtomicBool,
     /// Held by whoever appends or replaces the file, through its sync.
     writer: Mutex<()>,
+    /// Nanoseconds that the last finish waited for its sync.
+    last_sync: AtomicU64,
     /// An I/O error after which nothing is written any more.
     failed: OnceLock<String>,
     /// The largest tid given or seen.

@@ -120,6 +120,7 @@ impl FileStorage {
             last_tid: AtomicU64::new(last_tid.0),
             closed: AtomicBool::new(false),
             writer: Mutex::new(()),
+            last_sync: AtomicU64::new(0),
             failed: OnceLock::new(),
             last_generated: Mutex::new(last_tid),
             space: Space::default(),

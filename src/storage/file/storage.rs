@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use bytes::Bytes;
 
@@ -193,6 +194,10 @@ impl Storage for FileStorage {
     /// Gives up the reserved space and removes the blob files.
     fn abort(&self, txn: VotedTxn) {
         drop(txn);
+    }
+
+    fn last_sync(&self) -> Option<Duration> {
+        Some(Duration::from_nanos(self.last_sync.load(Ordering::Relaxed)))
     }
 
     fn pack(&self, options: PackOptions<'_>, switch_lock: &dyn WholeStorageLock) -> Result<()> {
