@@ -11,6 +11,8 @@ __all__ = [
     "ClientStorageBase",
     "_after_fork_in_child",
     "cache_file_stats",
+    "trace_stats",
+    "simulate_cache",
     "FileStorageBase",
     "_Transactions",
     "_Records",
@@ -171,6 +173,8 @@ class Server:
     def stop(self, /) -> None: ...
 
 def cache_file_stats(path: _Path) -> dict[str, Any] | None: ...
+def trace_stats(trace: bytes, interval: int) -> dict[str, Any] | None: ...
+def simulate_cache(trace: bytes, size: int, zeo: bool) -> dict[str, Any]: ...
 def check_file(
     path: _Path,
     fault: Callable[[dict[str, Any]], object],

@@ -64,6 +64,9 @@ class ClientStorage(ConflictResolvingStorage, _zeo.ClientStorageBase):
         many percent of them to look.
     cache, or client and var
         File to keep the cache in: its path, or its directory ``var`` and the beginning of its name. In memory otherwise.
+    cache_trace
+        File to append every use of the cache to, for ``zeo-rs cache-stats`` and ``cache-simul``. The environment variable
+        ``ZEO_CACHE_TRACE``, if set, means the name of the cache's file with ``.trace``.
     client_label
         Shown in the server's log.
     ssl, ssl_server_hostname
@@ -101,6 +104,7 @@ class ClientStorage(ConflictResolvingStorage, _zeo.ClientStorageBase):
         username=None,
         password=None,
         realm=None,
+        cache_trace=None,
     ):
         if credentials is not None or username or password or realm:
             warnings.warn(
@@ -133,6 +137,9 @@ class ClientStorage(ConflictResolvingStorage, _zeo.ClientStorageBase):
                 self._blobs = BlobCache(blob_dir, blob_cache_size, blob_cache_size_check, self.__name__)
             self.fshelper = self._blobs.fshelper
         wait_timeout = wait_timeout or 30
+        cache_path = _cache_path(cache, client, var, storage)
+        if cache_trace is None and cache_path is not None and os.environ.get("ZEO_CACHE_TRACE"):
+            cache_trace = f"{cache_path}.trace"
         logger.info(
             "%s %s (pid=%d) created %s/%s for storage: %r",
             self.__name__,
@@ -151,7 +158,8 @@ class ClientStorage(ConflictResolvingStorage, _zeo.ClientStorageBase):
             cache_size,
             client_label,
             client_tls(ssl, ssl_server_hostname),
-            _cache_path(cache, client, var, storage),
+            cache_path,
+            cache_trace,
         )
         if wait:
             try:
@@ -421,7 +429,10 @@ def _cache_path(cache, client, var, storage):
     """The file that the cache is kept in; None for one in memory only."""
     if cache is not None:
         if not isinstance(cache, (str, os.PathLike)):
-            raise TypeError(f"cache is the path of a file, not {cache!r}")
+            raise TypeError(
+                f"cache={cache!r}: the cache of this client is its own, an object of another class cannot take its place;"
+                " pass the path of a file to keep it in, or nothing for one in memory, and its size as cache_size"
+            )
         return os.fspath(cache)
     if client:
         return os.path.join(var or os.getcwd(), f"{client}-{storage}.zrc")

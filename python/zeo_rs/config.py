@@ -80,6 +80,7 @@ class ClientStorageFactory(ZODB.config.BaseConfig):
             storage=config.storage,
             cache_size=config.cache_size,
             cache=config.cache_path,
+            cache_trace=config.cache_trace,
             name=config.name,
             blob_dir=config.blob_dir,
             shared_blob_dir=config.shared_blob_dir,

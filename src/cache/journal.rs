@@ -1,28 +1,25 @@
-//! The cache's file: what happened to the cache, in order, so that another process can go on with it.
+//! The cache's files: what happened to the cache, in order, so that another process can go on with it.
 //!
 //! # Format
-//! `ZRC1` and 4 zero bytes, then records: length of the body (u32), CRC-32 of the body (u32), body. Integers are
-//! big-endian. A body is a kind and its fields:
-//!
-//! | kind | fields | meaning |
-//! | --- | --- | --- |
-//! | `R` | oid, tid, end, data | a revision; end all ones: current |
-//! | `I` | oid, tid | its current revision ended at tid; 0: is forgotten |
-//! | `T` | tid | everything up to tid is above |
-//! | `C` | | everything is forgotten |
+//! The **index** `PATH` is a sequence of records (`record.rs`): revisions, invalidations, last tids. It does not hold the data: that
+//! is appended to the **values**, `PATH.values-0` or `PATH.values-1` (`value.rs`), and a record says where, and its checksum. Both
+//! begin with the same generation number, whose lowest bit says which of the two names is meant. So opening a cache of a
+//! gigabyte reads its index only, some 45 bytes an object; data is read, and verified, when it is first used.
 //!
 //! # Why a wrong revision is never served
-//! The file only grows, in the order in which the client applied what the server sent. Whatever is left after a kill at any byte
+//! The index only grows, in the order in which the client applied what the server sent. Whatever is left after a kill at any byte
 //! (or after a crash of the system, which may leave holes) is read up to the first record that is not whole, so it is what the
 //! cache was at some earlier moment; and at every such moment everything that changed after the last `T` may be stale, and
-//! nothing else. Verification asks the server for exactly that.
+//! nothing else. Verification asks the server for exactly that. Data is written before the record that names it; should it be
+//! missing or damaged all the same, its checksum (over generation, oid, tid and data) does not match, and the object is loaded
+//! from the server.
 //!
-//! When the file has grown to twice the cache, a new one is written from the cache's content and takes its place by rename.
-//! That content may be newer than its `T`, never older.
+//! When the files have grown to twice the cache, new ones are written from the cache's content: values under the other name,
+//! then the index, which takes its place by rename. That content may be newer than its `T`, never older.
 //!
 //! # Cost
 //! The caller sends a message to the file's thread; no system call. If the thread falls behind, revisions are
-//! left out (they will be loaded again), never the rest.
+//! left out (they will be loaded again), never the rest. A batch is two writes.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufReader, Read, Write};
@@ -30,17 +27,16 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
 use rustix::fs::FlockOperation;
 
-use super::Cache;
+use super::record::{self, Record};
+use super::value::{self, Filed, Value, Values};
+use super::{Cache, shard};
 use crate::ids::{Oid, Tid};
 
-const MAGIC: [u8; 8] = *b"ZRC1\0\0\0\0";
-/// One body: a revision of the largest size ZEO could cache, and its fields.
-const MAX_BODY: usize = (1 << 31) + 64;
 /// Revisions waiting to be written; more are left out.
 const MAX_QUEUED: usize = 32 << 20;
 /// Written with one system call.
@@ -94,34 +90,28 @@ impl Journal {
     }
 }
 
-/// Opens or makes the file, fills `cache` from it, and starts its thread.
+/// Opens or makes the files, fills `cache` from them, and starts their thread.
 pub(super) fn open(cache: &Arc<Cache>, path: &Path) -> io::Result<(Option<Journal>, Opened)> {
     let Some(lock) = lock(path)? else { return Ok((None, Opened::InUse(path.to_owned()))) };
-    let (length, last_tid) = read_or_discard(cache, path)?;
-    let mut file = OpenOptions::new().append(true).create(true).open(path)?;
-    if length == 0 {
-        file.set_len(0)?;
-        file.write_all(&MAGIC)?;
-    } else {
-        // Off with a record that is not whole.
-        file.set_len(length)?;
-    }
+    let files = match read_or_discard(cache, path)? {
+        Some(files) => files,
+        None => Files::create(path)?,
+    };
+    let opened = if files.last_tid == Tid::ZERO { Opened::Empty } else { Opened::Warm(files.last_tid) };
     let queued = Arc::new(AtomicUsize::new(0));
     let (sender, events) = channel();
     let writer = Writer {
         cache: Arc::downgrade(cache),
         path: path.to_owned(),
-        file,
-        length: length.max(MAGIC.len() as u64),
+        files,
         rewrite_at: 2 * cache.max_bytes() as u64 + MIN_REWRITE,
-        last_tid,
-        buffer: Vec::new(),
+        index: Vec::new(),
+        data: Vec::new(),
         queued: queued.clone(),
         broken: false,
         _lock: lock,
     };
     std::thread::Builder::new().name("zeo cache".into()).spawn(move || writer.run(&events))?;
-    let opened = if last_tid == Tid::ZERO { Opened::Empty } else { Opened::Warm(last_tid) };
     Ok((Some(Journal { events: Mutex::new(sender), queued }), opened))
 }
 
@@ -137,66 +127,131 @@ fn lock(path: &Path) -> io::Result<Option<File>> {
     }
 }
 
-/// Length of the whole records, and their last tid. A file that is none of ours is moved aside.
-fn read_or_discard(cache: &Cache, path: &Path) -> io::Result<(u64, Tid)> {
+/// The files as they are open for writing.
+struct Files {
+    index: File,
+    index_length: u64,
+    values: Arc<Values>,
+    values_length: u64,
+    generation: u64,
+    /// As of the records written.
+    last_tid: Tid,
+}
+
+impl Files {
+    /// Empty ones, in place of whatever is there.
+    fn create(path: &Path) -> io::Result<Self> {
+        let generation = new_generation(0);
+        let values = Values::create(&values_path(path, generation), generation)?;
+        let _ = fs::remove_file(path);
+        let mut index = OpenOptions::new().append(true).create_new(true).open(path)?;
+        index.write_all(&record::header(generation))?;
+        Ok(Self {
+            index,
+            index_length: record::HEADER,
+            values: Arc::new(values),
+            values_length: value::HEADER,
+            generation,
+            last_tid: Tid::ZERO,
+        })
+    }
+}
+
+/// Another one than `old`, with the other lowest bit, and than that of a file deleted since: hence the clock.
+fn new_generation(old: u64) -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |since| since.as_nanos() as u64);
+    (now & !1) | (!old & 1)
+}
+
+fn values_path(path: &Path, generation: u64) -> PathBuf {
+    beside(path, &format!(".values-{}", generation & 1))
+}
+
+fn beside(path: &Path, ending: &str) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(ending);
+    name.into()
+}
+
+/// Fills `cache`; the files, if they can be gone on with. An index that is none of ours is moved aside.
+fn read_or_discard(cache: &Cache, path: &Path) -> io::Result<Option<Files>> {
     let file = match File::open(path) {
         Ok(file) => file,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok((0, Tid::ZERO)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(error),
     };
     let size = file.metadata()?.len();
     let mut reader = BufReader::with_capacity(1 << 20, file);
-    let mut magic = [0; MAGIC.len()];
-    if reader.read_exact(&mut magic).is_err() || magic != MAGIC {
+    let Some(generation) = record::read_header(&mut reader) else {
         if size > 0 {
             tracing::warn!(path = %path.display(), "this is no cache file of zeo_rs: moved aside");
-            move_aside(path)?;
+            move_aside(path, 0)?;
         }
-        return Ok((0, Tid::ZERO));
-    }
-    let (length, last_tid) = replay(cache, &mut reader, size, |_| {})?;
-    if length < size {
-        tracing::info!(path = %path.display(), at = length, of = size, "the cache file ends in the middle of a record");
+        return Ok(None);
+    };
+    let Some((values, values_length)) = Values::open(&values_path(path, generation), generation, true) else {
+        tracing::warn!(path = %path.display(), "the cache's file of values is missing: starting with an empty cache");
+        return Ok(None);
+    };
+    let values = Arc::new(values);
+    // No more than there can be in a file of that size, so that the tables do not grow in steps.
+    let most = (size / record::REVISION).min((cache.max_bytes() / super::NODE_OVERHEAD) as u64);
+    cache.reserve(most as usize);
+    let (index_length, last_tid) = replay(cache, &mut reader, generation, &values, values_length, |_| {})?;
+    if index_length < size {
+        tracing::info!(path = %path.display(), at = index_length, of = size, "the cache file ends in the middle of a record");
     }
     if last_tid == Tid::ZERO {
         // Without a last tid nobody can tell what is stale.
         cache.remove_all();
-        return Ok((0, last_tid));
+        return Ok(None);
     }
-    Ok((length, last_tid))
+    let index = OpenOptions::new().append(true).open(path)?;
+    // Off with a record that is not whole.
+    index.set_len(index_length)?;
+    Ok(Some(Files { index, index_length, values, values_length, generation, last_tid }))
 }
 
-/// Does to `cache` what the records say, up to the first that is not whole. Their length with the magic, their last tid.
+/// Does to `cache` what the records say, up to the first that is not whole. Their length with the header, their last tid.
 fn replay(
     cache: &Cache,
     reader: &mut impl Read,
-    size: u64,
-    mut seen: impl FnMut(&Event),
+    generation: u64,
+    values: &Arc<Values>,
+    values_length: u64,
+    mut seen: impl FnMut(&Record),
 ) -> io::Result<(u64, Tid)> {
-    let (mut length, mut last_tid) = (MAGIC.len() as u64, Tid::ZERO);
-    while let Some((body, whole)) = read_record(reader, size - length)? {
-        let Some(event) = parse(body) else { break };
-        length += whole;
-        seen(&event);
-        match event {
-            Event::Revision { oid, tid, end, data } => {
-                cache.insert(oid, tid, end, data);
+    let (mut at, mut last_tid) = (record::HEADER, Tid::ZERO);
+    while let Some((record, length)) = record::read(reader, generation, at)? {
+        at += length;
+        seen(&record);
+        match record {
+            Record::Revision { oid, tid, end, offset, length, checksum } => {
+                // Data that was never written counts as a revision left out.
+                if offset.checked_add(length.into()).is_some_and(|end| end <= values_length) {
+                    let place = Filed { file: Arc::clone(values), offset, length, checksum };
+                    cache.insert(oid, tid, end, Value::Filed(place));
+                }
             }
-            Event::Invalidate { oid, tid } => cache.end(oid, tid),
-            Event::LastTid(tid) => last_tid = tid,
-            Event::Clear => cache.remove_all(),
-            Event::MoveAside | Event::Close(_) => {}
+            Record::Invalidate { oid, tid } => {
+                cache.end(oid, tid);
+            }
+            Record::LastTid(tid) => last_tid = tid,
+            Record::Clear => cache.remove_all(),
         }
     }
-    Ok((length, last_tid))
+    Ok((at, last_tid))
 }
 
 /// What a cache file holds.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct FileStats {
+    /// Of the index.
     pub file_bytes: u64,
-    /// Up to the first record that is not whole.
+    /// Of them, up to the first record that is not whole.
     pub whole_bytes: u64,
+    /// Of the file of values.
+    pub values_bytes: u64,
     pub last_tid: Tid,
     /// Revisions and invalidations written since the file was last rewritten.
     pub stores: u64,
@@ -210,7 +265,8 @@ pub struct FileStats {
     pub cache_bytes: u64,
 }
 
-/// Reads a cache file, also one in use; changes nothing. `None`: it is none of ours.
+/// Reads a cache's index, also one in use; changes nothing. `None`: it is none of ours. Without its file of values
+/// it holds nothing.
 ///
 /// # Errors
 /// The file cannot be read.
@@ -218,126 +274,60 @@ pub fn inspect(path: &Path) -> io::Result<Option<FileStats>> {
     let file = File::open(path)?;
     let mut stats = FileStats { file_bytes: file.metadata()?.len(), ..FileStats::default() };
     let mut reader = BufReader::with_capacity(1 << 20, file);
-    let mut magic = [0; MAGIC.len()];
-    if reader.read_exact(&mut magic).is_err() || magic != MAGIC {
-        return Ok(None);
-    }
+    let Some(generation) = record::read_header(&mut reader) else { return Ok(None) };
+    stats.whole_bytes = record::HEADER;
+    let Some((values, length)) = Values::open(&values_path(path, generation), generation, false) else {
+        return Ok(Some(stats));
+    };
+    stats.values_bytes = length;
     let cache = Cache::new(usize::MAX / 2);
     let (mut stores, mut invalidations) = (0, 0);
     (stats.whole_bytes, stats.last_tid) =
-        replay(&cache, &mut reader, stats.file_bytes, |event| match event {
-            Event::Revision { .. } => stores += 1,
-            Event::Invalidate { .. } => invalidations += 1,
+        replay(&cache, &mut reader, generation, &Arc::new(values), length, |record| match record {
+            Record::Revision { .. } => stores += 1,
+            Record::Invalidate { .. } => invalidations += 1,
             _ => {}
         })?;
     (stats.stores, stats.invalidations) = (stores, invalidations);
     let mut objects = rustc_hash::FxHashSet::default();
-    cache.for_each(|oid, _, end, data| {
+    cache.for_each(|oid, _, end, length| {
         objects.insert(oid);
         stats.revisions += 1;
         stats.current += u64::from(end.is_none());
-        stats.data_bytes += data.len() as u64;
-        stats.largest = stats.largest.max(data.len() as u64);
+        stats.data_bytes += length as u64;
+        stats.largest = stats.largest.max(length as u64);
     });
     stats.objects = objects.len() as u64;
     stats.cache_bytes = cache.bytes() as u64;
     Ok(Some(stats))
 }
 
-/// The next whole record: its body, and its length in the file. `left` bounds what a damaged length can ask for.
-fn read_record(reader: &mut impl Read, left: u64) -> io::Result<Option<(Bytes, u64)>> {
-    const HEAD: u64 = 8;
-    if left < HEAD {
-        return Ok(None);
-    }
-    let (mut length, mut crc) = ([0; 4], [0; 4]);
-    reader.read_exact(&mut length)?;
-    reader.read_exact(&mut crc)?;
-    let length = u32::from_be_bytes(length) as usize;
-    if length == 0 || length > MAX_BODY || length as u64 > left - HEAD {
-        return Ok(None);
-    }
-    let mut body = vec![0; length];
-    reader.read_exact(&mut body)?;
-    if checksum(&body) != u32::from_be_bytes(crc) {
-        return Ok(None);
-    }
-    Ok(Some((body.into(), HEAD + length as u64)))
-}
-
-fn parse(body: Bytes) -> Option<Event> {
-    let number = |at: usize| Some(u64::from_be_bytes(*body.get(at..)?.first_chunk()?));
-    Some(match *body.first()? {
-        b'R' => {
-            let end = number(17)?;
-            Event::Revision {
-                oid: Oid(number(1)?),
-                tid: Tid(number(9)?),
-                end: (end != u64::MAX).then_some(Tid(end)),
-                data: body.slice(25..),
-            }
-        }
-        b'I' => {
-            let tid = number(9)?;
-            Event::Invalidate { oid: Oid(number(1)?), tid: (tid != 0).then_some(Tid(tid)) }
-        }
-        b'T' => Event::LastTid(Tid(number(1)?)),
-        b'C' => Event::Clear,
-        _ => return None,
-    })
-}
-
-fn put(out: &mut Vec<u8>, kind: u8, numbers: &[u64], data: &[u8]) {
-    let start = out.len();
-    out.extend_from_slice(&[0; 8]);
-    out.push(kind);
-    for number in numbers {
-        out.extend_from_slice(&number.to_be_bytes());
-    }
-    out.extend_from_slice(data);
-    let crc = checksum(out.get(start + 8..).unwrap_or_default());
-    let length = (out.len() - start - 8) as u32;
-    if let Some(head) = out.get_mut(start..start + 8) {
-        head[..4].copy_from_slice(&length.to_be_bytes());
-        head[4..].copy_from_slice(&crc.to_be_bytes());
-    }
-}
-
-fn put_revision(out: &mut Vec<u8>, oid: Oid, tid: Tid, end: Option<Tid>, data: &[u8]) {
-    put(out, b'R', &[oid.0, tid.0, end.map_or(u64::MAX, |end| end.0)], data);
-}
-
-fn checksum(bytes: &[u8]) -> u32 {
-    let mut crc = flate2::Crc::new();
-    crc.update(bytes);
-    crc.sum()
-}
-
-/// `<path>.aside`, `<path>.aside-1`, ... so that an earlier one is kept.
-fn move_aside(path: &Path) -> io::Result<PathBuf> {
+/// `<path>.aside`, `<path>.aside-1`, ... so that an earlier one is kept; its values beside it.
+fn move_aside(path: &Path, generation: u64) -> io::Result<PathBuf> {
     let mut number = 0;
     loop {
-        let mut name = path.as_os_str().to_owned();
-        name.push(if number == 0 { ".aside".to_owned() } else { format!(".aside-{number}") });
-        let target = PathBuf::from(name);
+        let ending = if number == 0 { ".aside".to_owned() } else { format!(".aside-{number}") };
+        let target = beside(path, &ending);
         if !target.exists() || number == 9 {
             fs::rename(path, &target)?;
+            if generation != 0 {
+                fs::rename(values_path(path, generation), values_path(&target, generation))?;
+            }
             return Ok(target);
         }
         number += 1;
     }
 }
 
-/// The file's thread.
+/// The files' thread.
 struct Writer {
     cache: std::sync::Weak<Cache>,
     path: PathBuf,
-    file: File,
-    length: u64,
+    files: Files,
     rewrite_at: u64,
-    /// As of the events written.
-    last_tid: Tid,
-    buffer: Vec<u8>,
+    /// Records and data not written yet.
+    index: Vec<u8>,
+    data: Vec<u8>,
     queued: Arc<AtomicUsize>,
     /// After an error nothing is written any more.
     broken: bool,
@@ -348,13 +338,13 @@ impl Writer {
     fn run(mut self, events: &Receiver<Event>) {
         while let Ok(event) = events.recv() {
             let mut closing = self.take(event);
-            while self.buffer.len() < BATCH
+            while self.index.len() + self.data.len() < BATCH
                 && let Ok(event) = events.try_recv()
             {
                 closing = self.take(event).or(closing);
             }
             self.write();
-            if self.length > self.rewrite_at {
+            if self.files.index_length + self.files.values_length > self.rewrite_at {
                 self.rewrite();
             }
             if let Some(done) = closing {
@@ -371,85 +361,130 @@ impl Writer {
         match event {
             Event::Revision { oid, tid, end, data } => {
                 self.queued.fetch_sub(data.len(), Relaxed);
-                put_revision(&mut self.buffer, oid, tid, end, &data);
+                let record = Record::Revision {
+                    oid,
+                    tid,
+                    end,
+                    offset: self.files.values_length + self.data.len() as u64,
+                    length: data.len() as u32,
+                    checksum: self.files.values.checksum(oid, tid, &data),
+                };
+                self.data.extend_from_slice(&data);
+                self.put(&record);
             }
-            Event::Invalidate { oid, tid } => {
-                put(&mut self.buffer, b'I', &[oid.0, tid.map_or(0, |tid| tid.0)], &[]);
-            }
+            Event::Invalidate { oid, tid } => self.put(&Record::Invalidate { oid, tid }),
             Event::LastTid(tid) => {
-                self.last_tid = tid;
-                put(&mut self.buffer, b'T', &[tid.0], &[]);
+                self.files.last_tid = tid;
+                self.put(&Record::LastTid(tid));
             }
-            Event::Clear => put(&mut self.buffer, b'C', &[], &[]),
+            Event::Clear => self.put(&Record::Clear),
             Event::MoveAside => self.move_aside(),
             Event::Close(done) => return Some(done),
         }
         None
     }
 
+    fn put(&mut self, record: &Record) {
+        record::put(&mut self.index, self.files.generation, self.files.index_length, record);
+    }
+
+    /// The data first: a record never names what is not there.
     fn write(&mut self) {
-        if !self.broken && !self.buffer.is_empty() {
-            match self.file.write_all(&self.buffer) {
-                Ok(()) => self.length += self.buffer.len() as u64,
+        if !self.broken && !self.index.is_empty() {
+            let written = self.files.values.append(&self.data);
+            match written.and_then(|()| self.files.index.write_all(&self.index)) {
+                Ok(()) => {
+                    self.files.values_length += self.data.len() as u64;
+                    self.files.index_length += self.index.len() as u64;
+                }
                 Err(error) => self.give_up("write", &error),
             }
         }
-        self.buffer.clear();
-        self.buffer.shrink_to(BATCH * 2);
+        for buffer in [&mut self.index, &mut self.data] {
+            buffer.clear();
+            buffer.shrink_to(BATCH * 2);
+        }
     }
 
-    /// A new file with what the cache holds.
+    /// New files with what the cache holds.
     fn rewrite(&mut self) {
         let Some(cache) = self.cache.upgrade() else { return };
         if self.broken {
             return;
         }
-        let mut temporary = self.path.as_os_str().to_owned();
-        temporary.push(".new");
-        let temporary = PathBuf::from(temporary);
-        match self.write_new(&cache, &temporary).and_then(|file| {
-            fs::rename(&temporary, &self.path)?;
-            Ok(file)
-        }) {
-            Ok((file, length)) => (self.file, self.length) = (file, length),
+        let old = values_path(&self.path, self.files.generation);
+        match self.write_new(&cache) {
+            Ok((files, moved)) => {
+                self.files = files;
+                cache.move_to(moved);
+                // What is being read from it right now still can be.
+                let _ = fs::remove_file(old);
+            }
             Err(error) => self.give_up("rewrite", &error),
         }
     }
 
-    fn write_new(&self, cache: &Cache, path: &Path) -> io::Result<(File, u64)> {
-        let _ = fs::remove_file(path);
-        let mut file = OpenOptions::new().append(true).create_new(true).open(path)?;
-        let mut buffer = MAGIC.to_vec();
-        let (mut length, mut failed) = (0, None);
-        cache.for_each(|oid, tid, end, data| {
-            put_revision(&mut buffer, oid, tid, end, data);
-            if buffer.len() >= BATCH && failed.is_none() {
-                failed = file.write_all(&buffer).err();
-                length += buffer.len() as u64;
-                buffer.clear();
+    /// The new files, in place; and where the data of revisions is now that was not in memory.
+    #[allow(clippy::type_complexity)]
+    fn write_new(&self, cache: &Cache) -> io::Result<(Files, Vec<(Oid, Tid, Filed)>)> {
+        let generation = new_generation(self.files.generation);
+        let values = Arc::new(Values::create(&values_path(&self.path, generation), generation)?);
+        let temporary = beside(&self.path, ".new");
+        let _ = fs::remove_file(&temporary);
+        let mut index = OpenOptions::new().append(true).create_new(true).open(&temporary)?;
+        let (mut records, mut data, mut moved) = (record::header(generation), Vec::new(), Vec::new());
+        let (mut index_length, mut values_length) = (0, value::HEADER);
+        let mut failed = None;
+        cache.for_each_revision(|shard::Revision { oid, tid, end, value }| {
+            let in_memory = matches!(value, Value::Memory(_));
+            let bytes = match value {
+                Value::Memory(bytes) => Some(bytes),
+                Value::Filed(place) => place.read(oid, tid),
+            };
+            let Some(bytes) = bytes.filter(|_| failed.is_none()) else { return };
+            let offset = values_length + data.len() as u64;
+            let (length, checksum) = (bytes.len() as u32, values.checksum(oid, tid, &bytes));
+            data.extend_from_slice(&bytes);
+            let record = Record::Revision { oid, tid, end, offset, length, checksum };
+            record::put(&mut records, generation, index_length, &record);
+            if !in_memory {
+                moved.push((oid, tid, Filed { file: Arc::clone(&values), offset, length, checksum }));
+            }
+            if data.len() + records.len() >= BATCH {
+                failed = values.append(&data).and_then(|()| index.write_all(&records)).err();
+                values_length += data.len() as u64;
+                index_length += records.len() as u64;
+                data.clear();
+                records.clear();
             }
         });
-        put(&mut buffer, b'T', &[self.last_tid.0], &[]);
-        file.write_all(&buffer)?;
-        match failed {
-            Some(error) => Err(error),
-            None => Ok((file, length + buffer.len() as u64)),
+        if let Some(error) = failed {
+            return Err(error);
         }
+        let last_tid = self.files.last_tid;
+        record::put(&mut records, generation, index_length, &Record::LastTid(last_tid));
+        values.append(&data)?;
+        index.write_all(&records)?;
+        fs::rename(&temporary, &self.path)?;
+        let files = Files {
+            index,
+            index_length: index_length + records.len() as u64,
+            values,
+            values_length: values_length + data.len() as u64,
+            generation,
+            last_tid,
+        };
+        Ok((files, moved))
     }
 
     fn move_aside(&mut self) {
         self.write();
-        self.buffer.clear();
-        self.last_tid = Tid::ZERO;
-        let moved = move_aside(&self.path).and_then(|aside| {
-            let mut file = OpenOptions::new().append(true).create_new(true).open(&self.path)?;
-            file.write_all(&MAGIC)?;
-            Ok((aside, file))
-        });
+        let moved = move_aside(&self.path, self.files.generation)
+            .and_then(|aside| Ok((aside, Files::create(&self.path)?)));
         match moved {
-            Ok((aside, file)) => {
+            Ok((aside, files)) => {
                 tracing::warn!(path = %self.path.display(), aside = %aside.display(), "the cache file was moved aside");
-                (self.file, self.length) = (file, MAGIC.len() as u64);
+                self.files = files;
             }
             Err(error) => self.give_up("move aside", &error),
         }
@@ -459,6 +494,6 @@ impl Writer {
     fn give_up(&mut self, doing: &str, error: &io::Error) {
         tracing::error!(path = %self.path.display(), %error, "cannot {doing} the cache file: the cache is no longer saved");
         self.broken = true;
-        let _ = self.file.set_len(0);
+        let _ = self.files.index.set_len(0);
     }
 }

@@ -10,12 +10,17 @@
 //!
 //! # What it costs
 //! A hit takes one uncontended shard lock, one hash lookup, one reference count: no copy, no list to relink, no global
-//! lock. A store copies the data once (what it keeps must not pin a network buffer).
+//! lock. The first hit of a revision that came from a file costs one `pread` and a checksum besides. A store copies the data once
+//! (what it keeps must not pin a network buffer).
 
 mod journal;
+mod record;
 mod shard;
+mod simulate;
 #[cfg(test)]
 mod tests;
+mod trace;
+mod value;
 
 use std::io;
 use std::path::Path;
@@ -27,10 +32,14 @@ use bytes::Bytes;
 use crate::ids::{Oid, Tid};
 use crate::storage::Loaded;
 use journal::{Event, Journal};
-use shard::Shard;
+use shard::{Found, Revision, Shard};
+use trace::Trace;
+use value::{Filed, Value};
 
 pub use journal::{FileStats, Opened, inspect};
 pub use shard::NODE_OVERHEAD;
+pub use simulate::{Policy, Simulated, simulate};
+pub use trace::{TraceReader, TraceRecord};
 
 /// Bytes of cache for which another shard is worth its lock.
 const BYTES_PER_SHARD: usize = 2 << 20;
@@ -56,6 +65,8 @@ pub struct Cache {
     max_bytes: usize,
     /// The file, if it has one.
     journal: OnceLock<Journal>,
+    /// Where every use is written down, if anywhere.
+    trace: OnceLock<Trace>,
 }
 
 impl Cache {
@@ -67,6 +78,7 @@ impl Cache {
             bytes: AtomicUsize::new(0),
             max_bytes,
             journal: OnceLock::new(),
+            trace: OnceLock::new(),
         }
     }
 
@@ -84,10 +96,24 @@ impl Cache {
         Ok((cache, opened))
     }
 
+    /// Appends every use to the file `path` from now on, in the format of ZEO's traces (see `trace.rs`).
+    ///
+    /// # Errors
+    /// The file cannot be opened.
+    pub fn trace_to(&self, path: &Path) -> io::Result<()> {
+        let trace = Trace::open(path)?;
+        trace.record(trace::RESTART, Oid(0), Tid::ZERO, Tid::ZERO, 0);
+        let _ = self.trace.set(trace);
+        Ok(())
+    }
+
     /// Waits a moment until the file has everything.
     pub fn close(&self) {
         if let Some(journal) = self.journal.get() {
             journal.close();
+        }
+        if let Some(trace) = self.trace.get() {
+            trace.flush();
         }
     }
 
@@ -121,7 +147,71 @@ impl Cache {
 
     /// The revision of `oid` that was current just before `before`, if the cache knows it for certain.
     pub fn load_before(&self, oid: Oid, before: Tid) -> Option<Loaded> {
-        self.shard(oid).load_before(oid, before)
+        match self.load_from_memory(oid, before) {
+            Some(loaded) => Some(loaded),
+            None => self.load_from_file(oid, before),
+        }
+    }
+
+    /// As [`Self::load_before`], if that needs no file to be read.
+    pub fn load_from_memory(&self, oid: Oid, before: Tid) -> Option<Loaded> {
+        let mut shard = self.shard(oid);
+        match shard.load_before(oid, before) {
+            Found::Memory(loaded) => {
+                drop(shard);
+                self.trace_hit(oid, &loaded);
+                Some(loaded)
+            }
+            Found::Filed { .. } => None,
+            Found::Nothing => {
+                shard.count_miss();
+                if let Some(trace) = self.trace.get() {
+                    let old = shard.knows_newer(oid, before);
+                    drop(shard);
+                    let code = if old { trace::LOAD_OLD_MISS } else { trace::LOAD_MISS };
+                    trace.record(code, oid, Tid::ZERO, if old { before } else { Tid::ZERO }, 0);
+                }
+                None
+            }
+        }
+    }
+
+    /// After [`Self::load_from_memory`]: the same from the file, which may have to be read for it. A damaged value is
+    /// forgotten. Nothing, and no cost, for a cache without a file.
+    pub fn load_from_file(&self, oid: Oid, before: Tid) -> Option<Loaded> {
+        self.journal.get()?;
+        let found = self.shard(oid).load_before(oid, before);
+        let (place, tid, end_tid) = match found {
+            Found::Memory(loaded) => return Some(loaded),
+            Found::Nothing => return None,
+            Found::Filed { place, tid, end_tid } => (place, tid, end_tid),
+        };
+        // Without the lock: it may have ended since, but the range it was found with is true for `before`.
+        let data = place.read(oid, tid);
+        let change = {
+            let mut shard = self.shard(oid);
+            let before = shard.bytes();
+            shard.fill(oid, tid, data.clone());
+            if data.is_none() {
+                shard.count_miss();
+            }
+            shard.bytes() as isize - before as isize
+        };
+        self.add(change);
+        let Some(data) = data else {
+            tracing::warn!(%oid, %tid, "a damaged value in the cache file is not used");
+            return None;
+        };
+        let loaded = Loaded { data, tid, end_tid };
+        self.trace_hit(oid, &loaded);
+        Some(loaded)
+    }
+
+    fn trace_hit(&self, oid: Oid, loaded: &Loaded) {
+        if let Some(trace) = self.trace.get() {
+            let code = if loaded.end_tid.is_none() { trace::LOAD_HIT } else { trace::LOAD_OLD_HIT };
+            trace.record(code, oid, loaded.tid, loaded.end_tid.unwrap_or(Tid::ZERO), loaded.data.len());
+        }
     }
 
     /// Whether [`Self::load_before`] would answer; does not count as a use.
@@ -136,7 +226,11 @@ impl Cache {
             return;
         }
         let data = Bytes::copy_from_slice(data);
-        if self.insert(oid, tid, end_tid, data.clone()) {
+        if self.insert(oid, tid, end_tid, Value::Memory(data.clone())) {
+            if let Some(trace) = self.trace.get() {
+                let code = if end_tid.is_none() { trace::STORE } else { trace::STORE_OLD };
+                trace.record(code, oid, tid, end_tid.unwrap_or(Tid::ZERO), data.len());
+            }
             self.record(|| Event::Revision { oid, tid, end: end_tid, data });
         }
     }
@@ -146,7 +240,15 @@ impl Cache {
     /// An invalidation with the tid of the current revision itself (the reply that brought it overtook the
     /// invalidation) or an older one changes nothing.
     pub fn invalidate(&self, oid: Oid, tid: Option<Tid>) {
-        self.end(oid, tid);
+        let ended = self.end(oid, tid);
+        if let Some(trace) = self.trace.get() {
+            let code = match (ended, tid) {
+                (false, _) => trace::INVALIDATE_MISS,
+                (true, Some(_)) => trace::INVALIDATE_HIT,
+                (true, None) => trace::FORGET_HIT,
+            };
+            trace.record(code, oid, tid.unwrap_or(Tid::ZERO), Tid::ZERO, 0);
+        }
         // Always: the file may have a revision that memory has not.
         self.record(|| Event::Invalidate { oid, tid });
     }
@@ -158,7 +260,7 @@ impl Cache {
     }
 
     /// True if it was new.
-    fn insert(&self, oid: Oid, tid: Tid, end_tid: Option<Tid>, data: Bytes) -> bool {
+    fn insert(&self, oid: Oid, tid: Tid, end_tid: Option<Tid>, data: Value) -> bool {
         if !self.fits(tid, end_tid, data.len()) {
             return false;
         }
@@ -172,14 +274,28 @@ impl Cache {
         changed
     }
 
-    fn end(&self, oid: Oid, tid: Option<Tid>) {
-        let change = {
+    fn end(&self, oid: Oid, tid: Option<Tid>) -> bool {
+        let (ended, change) = {
             let mut shard = self.shard(oid);
             let before = shard.bytes();
-            shard.invalidate(oid, tid);
-            shard.bytes() as isize - before as isize
+            (shard.invalidate(oid, tid), shard.bytes() as isize - before as isize)
         };
         self.add(change);
+        ended
+    }
+
+    /// The data of these revisions lies there now, if it has not been read since.
+    fn move_to(&self, moved: Vec<(Oid, Tid, Filed)>) {
+        for (oid, tid, place) in moved {
+            self.shard(oid).move_to(oid, tid, place);
+        }
+    }
+
+    /// Makes room for so many revisions, shared out evenly.
+    fn reserve(&self, revisions: usize) {
+        for shard in &self.shards {
+            lock(shard).reserve(revisions / self.shards.len());
+        }
     }
 
     fn remove_all(&self) {
@@ -233,13 +349,17 @@ impl Cache {
         sum
     }
 
-    /// Every revision: `(oid, tid, end_tid, data)`. Shard by shard; nothing is locked while `visit` runs.
-    pub fn for_each(&self, mut visit: impl FnMut(Oid, Tid, Option<Tid>, &Bytes)) {
+    /// Every revision: `(oid, tid, end_tid, bytes of its data)`. Shard by shard; nothing is locked while `visit` runs.
+    pub fn for_each(&self, mut visit: impl FnMut(Oid, Tid, Option<Tid>, usize)) {
+        self.for_each_revision(|revision| {
+            visit(revision.oid, revision.tid, revision.end, revision.value.len());
+        });
+    }
+
+    fn for_each_revision(&self, mut visit: impl FnMut(Revision)) {
         for shard in &self.shards {
             let revisions = lock(shard).revisions();
-            for (oid, tid, end_tid, data) in revisions {
-                visit(oid, tid, end_tid, &data);
-            }
+            revisions.into_iter().for_each(&mut visit);
         }
     }
 

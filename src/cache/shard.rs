@@ -11,6 +11,7 @@ use bytes::Bytes;
 use rustc_hash::{FxHashMap, FxHashSet};
 
 use super::CacheStats;
+use super::value::{Filed, Value};
 use crate::ids::{Oid, Tid};
 use crate::storage::Loaded;
 
@@ -31,7 +32,7 @@ struct Node {
     tid: Tid,
     /// [`CURRENT`], or where the revision ended.
     end: Tid,
-    data: Bytes,
+    data: Value,
     uses: u8,
     in_main: bool,
     /// Forgotten, but still in its queue.
@@ -57,6 +58,25 @@ impl Revisions {
             Self::Many(ids) => ids,
         }
     }
+}
+
+/// What a shard says to a load.
+pub(super) enum Found {
+    Memory(Loaded),
+    /// Its data has not been read yet; see [`Shard::fill`].
+    Filed {
+        place: Filed,
+        tid: Tid,
+        end_tid: Option<Tid>,
+    },
+    Nothing,
+}
+
+pub(super) struct Revision {
+    pub(super) oid: Oid,
+    pub(super) tid: Tid,
+    pub(super) end: Option<Tid>,
+    pub(super) value: Value,
 }
 
 #[derive(Default)]
@@ -87,19 +107,58 @@ impl Shard {
         &self.stats
     }
 
-    pub(super) fn load_before(&mut self, oid: Oid, before: Tid) -> Option<Loaded> {
-        let Some(id) = self.find(oid, before) else {
-            self.stats.misses += 1;
-            return None;
-        };
-        self.stats.hits += 1;
+    /// Counts a use, if there is one.
+    pub(super) fn load_before(&mut self, oid: Oid, before: Tid) -> Found {
+        let Some(id) = self.find(oid, before) else { return Found::Nothing };
         let node = &mut self.nodes[id as usize];
-        node.uses = (node.uses + 1).min(MAX_USES);
-        Some(Loaded {
-            data: node.data.clone(),
-            tid: node.tid,
-            end_tid: (node.end != CURRENT).then_some(node.end),
-        })
+        let end_tid = (node.end != CURRENT).then_some(node.end);
+        match &node.data {
+            Value::Memory(data) => {
+                self.stats.hits += 1;
+                node.uses = (node.uses + 1).min(MAX_USES);
+                Found::Memory(Loaded { data: data.clone(), tid: node.tid, end_tid })
+            }
+            Value::Filed(place) => Found::Filed { place: place.clone(), tid: node.tid, end_tid },
+        }
+    }
+
+    pub(super) fn count_miss(&mut self) {
+        self.stats.misses += 1;
+    }
+
+    /// The data of a revision that was [`Found::Filed`] is known now; `None`: its data is damaged, so it goes.
+    pub(super) fn fill(&mut self, oid: Oid, tid: Tid, data: Option<Bytes>) {
+        let Some(id) = self.revision(oid, tid) else { return };
+        let node = &mut self.nodes[id as usize];
+        if let (Value::Filed(_), Some(data)) = (&node.data, &data) {
+            self.stats.hits += 1;
+            node.uses = (node.uses + 1).min(MAX_USES);
+            node.data = Value::Memory(data.clone());
+        } else if let (Value::Filed(_), None) = (&node.data, &data) {
+            self.forget(id);
+        }
+    }
+
+    /// The data of a revision lies in another file now.
+    pub(super) fn move_to(&mut self, oid: Oid, tid: Tid, place: Filed) {
+        if let Some(id) = self.revision(oid, tid)
+            && let node = &mut self.nodes[id as usize]
+            && matches!(node.data, Value::Filed(_))
+        {
+            node.data = Value::Filed(place);
+        }
+    }
+
+    /// Whether a revision newer than the one at `before` is known.
+    pub(super) fn knows_newer(&self, oid: Oid, before: Tid) -> bool {
+        let newest = self.objects.get(&oid.0).and_then(|revisions| revisions.as_slice().first());
+        newest.is_some_and(|&id| self.nodes[id as usize].tid >= before)
+    }
+
+    pub(super) fn reserve(&mut self, revisions: usize) {
+        self.objects.reserve(revisions);
+        self.nodes.reserve(revisions);
+        self.small.reserve(revisions);
     }
 
     pub(super) fn covers(&self, oid: Oid, before: Tid) -> bool {
@@ -107,7 +166,7 @@ impl Shard {
     }
 
     /// True if anything changed.
-    pub(super) fn store(&mut self, oid: Oid, tid: Tid, end_tid: Option<Tid>, data: Bytes) -> bool {
+    pub(super) fn store(&mut self, oid: Oid, tid: Tid, end_tid: Option<Tid>, data: Value) -> bool {
         let end = end_tid.unwrap_or(CURRENT);
         let mut uses = 0;
         if let Some(newest) =
@@ -141,22 +200,24 @@ impl Shard {
         true
     }
 
-    pub(super) fn invalidate(&mut self, oid: Oid, tid: Option<Tid>) {
+    /// True if a revision ended or was forgotten.
+    pub(super) fn invalidate(&mut self, oid: Oid, tid: Option<Tid>) -> bool {
         let Some(newest) =
             self.objects.get(&oid.0).and_then(|revisions| revisions.as_slice().first().copied())
         else {
-            return;
+            return false;
         };
         let node = &mut self.nodes[newest as usize];
         if node.end != CURRENT {
-            return;
+            return false;
         }
         match tid {
             None => self.forget(newest),
             Some(tid) if tid > node.tid => node.end = tid,
-            Some(_) => return,
+            Some(_) => return false,
         }
         self.stats.invalidations += 1;
+        true
     }
 
     /// Frees at least `wanted` bytes if it has them.
@@ -177,9 +238,17 @@ impl Shard {
         freed
     }
 
-    pub(super) fn revisions(&self) -> Vec<(Oid, Tid, Option<Tid>, Bytes)> {
-        let live = self.nodes.iter().filter(|node| !node.dead);
-        live.map(|node| (node.oid, node.tid, (node.end != CURRENT).then_some(node.end), node.data.clone()))
+    /// Those that would leave first come first.
+    pub(super) fn revisions(&self) -> Vec<Revision> {
+        let queued = self.small.iter().chain(&self.main).map(|&id| &self.nodes[id as usize]);
+        queued
+            .filter(|node| !node.dead)
+            .map(|node| Revision {
+                oid: node.oid,
+                tid: node.tid,
+                end: (node.end != CURRENT).then_some(node.end),
+                value: node.data.clone(),
+            })
             .collect()
     }
 
@@ -234,7 +303,7 @@ impl Shard {
         let node = &mut self.nodes[id as usize];
         let freed = node.data.len();
         node.dead = true;
-        node.data = Bytes::new();
+        node.data = Value::Memory(Bytes::new());
         self.bytes -= freed;
         if !node.in_main {
             self.small_bytes -= freed;

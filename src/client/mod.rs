@@ -103,6 +103,11 @@ impl Client {
     /// [`ClientError::Io`]: the cache file cannot be used, or there is no socket to be had.
     pub fn new(options: Options, callbacks: Arc<dyn DatabaseCallbacks>) -> Result<Arc<Self>> {
         let (cache, last_tid) = open_cache(&options)?;
+        if let Some(path) = &options.cache_trace {
+            cache
+                .trace_to(path)
+                .map_err(|error| ClientError::io(format!("cache trace {}", path.display()), error))?;
+        }
         Self::make(options, callbacks, cache, last_tid, false)
     }
 
@@ -127,6 +132,7 @@ impl Client {
     pub fn reopen(&self) -> Result<Arc<Self>> {
         let mut options = self.options.clone();
         options.cache_path = None;
+        options.cache_trace = None;
         let cache = Arc::new(Cache::new(options.cache_size));
         Self::make(options, self.core.callbacks.clone(), cache, self.core.last_tid_now(), true)
     }
@@ -318,14 +324,22 @@ impl Client {
 
     /// The cache's answer. Not yet for a revision newer than the last tid, which it has while its `tpc_finish` runs the
     /// callback: who has seen a revision must not be told an older last tid. The server's answer comes after.
+    /// Reads no file.
     pub fn load_cached(&self, oid: Oid, before: Tid) -> Option<Loaded> {
-        let loaded = self.core.cache.load_before(oid, before)?;
+        self.may_show(self.core.cache.load_from_memory(oid, before)?)
+    }
+
+    fn may_show(&self, loaded: Loaded) -> Option<Loaded> {
         (loaded.tid <= self.core.last_tid_now()).then_some(loaded)
     }
 
-    /// Asks the server.
+    /// After [`Self::load_cached`]: the answer of the cache's file, or the server's.
     pub fn load_missed(&self, oid: Oid, before: Tid) -> Result<Option<Loaded>> {
         self.may_wait("loadBefore")?;
+        let filed = self.core.cache.load_from_file(oid, before);
+        if let Some(loaded) = filed.and_then(|loaded| self.may_show(loaded)) {
+            return Ok(Some(loaded));
+        }
         self.repeated(|connection| connection.load_before(oid, before))
     }
 

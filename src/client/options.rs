@@ -30,6 +30,8 @@ pub struct Options {
     pub cache_size: usize,
     /// File to keep the cache in.
     pub cache_path: Option<PathBuf>,
+    /// File to append every use of the cache to.
+    pub cache_trace: Option<PathBuf>,
     /// Shown in the server's log.
     pub label: Option<String>,
     pub tls: Option<Arc<ClientTls>>,
@@ -71,6 +73,7 @@ impl Options {
             wait_timeout: Duration::from_secs(30),
             cache_size: 20 << 20,
             cache_path: None,
+            cache_trace: None,
             label: None,
             tls: None,
             timers: Timers::default(),

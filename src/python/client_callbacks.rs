@@ -96,6 +96,7 @@ pub(super) fn cache_file_stats(py: Python<'_>, path: PathBuf) -> PyResult<Option
     for (key, value) in [
         ("file_bytes", stats.file_bytes),
         ("whole_bytes", stats.whole_bytes),
+        ("values_bytes", stats.values_bytes),
         ("stores", stats.stores),
         ("invalidations", stats.invalidations),
         ("objects", stats.objects),

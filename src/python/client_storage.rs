@@ -86,7 +86,7 @@ impl ClientStorageBase {
 
     /// Starts the client. `addresses`: text is a path, a pair host and port. `access`: `w`, `r`, or `wr` for
     /// writable with fallback.
-    #[pyo3(signature = (addresses, storage, name, access, wait_timeout, cache_size, label=None, tls=None, cache_path=None))]
+    #[pyo3(signature = (addresses, storage, name, access, wait_timeout, cache_size, label=None, tls=None, cache_path=None, cache_trace=None))]
     #[allow(clippy::too_many_arguments)]
     fn _open(
         slf: &Bound<'_, Self>,
@@ -99,6 +99,7 @@ impl ClientStorageBase {
         label: Option<String>,
         tls: Option<PyRef<'_, PyClientTls>>,
         cache_path: Option<PathBuf>,
+        cache_trace: Option<PathBuf>,
     ) -> PyResult<()> {
         let py = slf.py();
         logging::refresh(py);
@@ -115,6 +116,7 @@ impl ClientStorageBase {
         options.cache_size = cache_size;
         options.label = label;
         options.cache_path = cache_path;
+        options.cache_trace = cache_trace;
         options.tls = tls.map(|tls| tls.0.clone());
         let callbacks = Arc::new(Callbacks::new(slf.as_any())?);
         let client =

@@ -2,6 +2,7 @@
 //! One file per class, each with a `register(m)`.
 
 mod aio;
+mod cache_tools;
 mod check;
 mod client_callbacks;
 mod client_errors;
@@ -26,6 +27,7 @@ fn _zeo(m: &Bound<'_, PyModule>) -> PyResult<()> {
     logging::register(m)?;
     aio::register(m)?;
     client_storage::register(m)?;
+    cache_tools::register(m)?;
     file_storage::register(m)?;
     pack::register(m)?;
     check::register(m)?;
