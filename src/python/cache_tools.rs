@@ -49,6 +49,10 @@ fn trace_stats<'py>(py: Python<'py>, trace: &[u8], interval: u32) -> PyResult<Op
     let (mut codes, mut objects) = (BTreeMap::<u8, u64>::new(), FxHashSet::default());
     let mut intervals: Vec<Interval> = Vec::new();
     let interval = interval.max(1);
+    // The magic of ZEO's cache files could be read as a time.
+    if trace.starts_with(b"ZEC") {
+        return Ok(None);
+    }
     for record in TraceReader(trace) {
         if !is_known(record.code) {
             return Ok(None);
