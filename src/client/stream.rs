@@ -292,11 +292,14 @@ impl Wake {
     }
 
     fn drain(&self) {
-        // Emptied before the flag falls: a wake-up in between is seen by the caller, who looks at everything now.
+        // Emptied before the flag falls: a wake-up in between is seen by the caller, who looks at everything now. If the
+        // flag is up and its byte is still on its way, it stays up until the byte is taken out: a byte without a flag would
+        // never be, and every poll return at once.
         if self.pending.load(Ordering::Acquire) {
             let mut buffer = [0; 8];
-            let _ = (&self.receiver).read(&mut buffer);
-            self.pending.store(false, Ordering::Release);
+            if (&self.receiver).read(&mut buffer).is_ok() {
+                self.pending.store(false, Ordering::Release);
+            }
         }
     }
 }
@@ -306,5 +309,23 @@ fn poll_for(fds: &mut [PollFd<'_>], timeout: Duration) -> io::Result<()> {
     match poll(fds, Some(&timeout)) {
         Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
         Err(error) => Err(error.into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_wake_up_between_its_flag_and_its_byte_leaves_nothing_behind() {
+        let wake = Wake::new().unwrap();
+        // Another thread is in the middle of `wake` when this one looks.
+        wake.pending.store(true, Ordering::Release);
+        wake.wait(Duration::ZERO);
+        (&wake.sender).write_all(&[0]).unwrap();
+        wake.wait(Duration::ZERO);
+        let left = (&wake.receiver).read(&mut [0; 8]).map_err(|error| error.kind());
+        assert_eq!(left, Err(io::ErrorKind::WouldBlock));
+        assert!(!wake.pending.load(Ordering::Acquire));
     }
 }
