@@ -92,7 +92,7 @@ fn make(path: &Path, objects: u64) -> Result<(), StorageError> {
                 Ok(Op::Store {
                     oid: Oid(oid),
                     serial: serial?,
-                    data: record(oid, objects, round),
+                    data: record(oid, objects, round).into(),
                     blob: None,
                 })
             };

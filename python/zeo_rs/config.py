@@ -180,7 +180,7 @@ def load_server(source, overrides=()):
         "client_conflict_resolution": zeo.client_conflict_resolution,
         "msgpack": msgpack,
     }
-    for name in ("invalidation_age", "transaction_timeout"):
+    for name in ("invalidation_age", "transaction_timeout", "staging_memory", "staging_directory"):
         if getattr(zeo, name) is not None:
             settings.options[name] = getattr(zeo, name)
     settings.options["http"] = zeo.http_address

@@ -19,6 +19,8 @@ OPTIONS = (
     "pid_filename",
     "msgpack",
     "client_conflict_resolution",
+    "staging_memory",
+    "staging_directory",
 )
 
 

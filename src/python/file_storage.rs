@@ -473,7 +473,7 @@ impl FileStorageBase {
         let op = Op::Store {
             oid: oid_arg(oid)?,
             serial: serial_arg(oldserial)?,
-            data: data_arg(data)?,
+            data: data_arg(data)?.into(),
             blob: None,
         };
         this.apply(slf, transaction, op).map(drop)
@@ -492,7 +492,7 @@ impl FileStorageBase {
         let op = Op::Store {
             oid: oid_arg(oid)?,
             serial: serial_arg(oldserial)?,
-            data: data_arg(data)?,
+            data: data_arg(data)?.into(),
             blob: Some(blobfilename),
         };
         this.apply(slf, transaction, op).map(drop)
@@ -512,7 +512,7 @@ impl FileStorageBase {
         let op = Op::Restore {
             oid: oid_arg(oid)?,
             serial: tid_arg(serial)?,
-            data: data.map(data_arg).transpose()?,
+            data: data.map(data_arg).transpose()?.map(Into::into),
             prev_txn: prev_txn.map(tid_arg).transpose()?,
             blob: None,
         };
@@ -533,7 +533,7 @@ impl FileStorageBase {
         let op = Op::Restore {
             oid: oid_arg(oid)?,
             serial: tid_arg(serial)?,
-            data: Some(data_arg(data)?),
+            data: Some(data_arg(data)?.into()),
             prev_txn: prev_txn.map(tid_arg).transpose()?,
             blob: Some(blobfilename),
         };

@@ -5,7 +5,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use bytes::Bytes;
 use pyo3::prelude::*;
@@ -16,8 +16,8 @@ use super::errors;
 use crate::ids::{Oid, Tid};
 use crate::storage::{
     Capabilities, Committed, Conflict, ConflictResolver, HistoryEntry, InvalidationSink, Loaded, NextRecord,
-    Op, PackOptions, RecordInfo, RecordIterator, Result, StagedTxn, Storage, StorageError, TxnInfo,
-    TxnIterator, TxnMeta, UndoEntry, VoteOutcome, VotedTxn, WholeStorageLock,
+    Op, PackOptions, RecordInfo, RecordIterator, Result, StagedData, StagedTxn, Storage, StorageError,
+    TxnInfo, TxnIterator, TxnMeta, UndoEntry, VoteOutcome, VotedTxn, WholeStorageLock,
 };
 
 /// A Python storage, served.
@@ -209,12 +209,10 @@ impl Storage for ServedStorage {
 
     fn vote(&self, txn: StagedTxn, resolver: &dyn ConflictResolver) -> Result<VoteOutcome> {
         let _ = resolver; // a Python storage resolves by itself, or reports (see `Served`)
+        let ops = Arc::new(txn.ops);
         let voted = self.with(|served| {
             let py = served.py();
-            let operations = PyList::empty(py);
-            for op in &txn.ops {
-                operations.append(operation(py, op)?)?;
-            }
+            let operations = Operations { ops: ops.clone(), next: AtomicUsize::new(0) };
             let status = char::from(txn.status).to_string();
             let answer = served.call_method1(
                 "vote",
@@ -248,7 +246,7 @@ impl Storage for ServedStorage {
                 state: Box::new(handle),
             }))
         });
-        voted.map_err(|error| with_record(error, &txn.ops))
+        voted.map_err(|error| with_record(error, &ops))
     }
 
     /// The group has one member, because votes are not concurrent.
@@ -397,7 +395,7 @@ fn with_record(mut error: StorageError, ops: &[Op]) -> StorageError {
             _ => None,
         });
         if let Some(data) = stored {
-            conflict.data = data.clone();
+            conflict.data = data.to_bytes().unwrap_or_default();
         }
     }
     error
@@ -407,12 +405,36 @@ fn attached<T>(body: impl FnOnce(Python<'_>) -> PyResult<T>) -> Result<T> {
     Python::attach(|py| body(py).map_err(|error| errors::from_python(py, error)))
 }
 
+/// What `Served.vote` iterates over: the tuple of an operation is made when it is asked for, so that the records of a
+/// large transaction are not all in memory.
+#[pyclass(frozen)]
+struct Operations {
+    ops: Arc<Vec<Op>>,
+    next: AtomicUsize,
+}
+
+#[pymethods]
+impl Operations {
+    fn __iter__(slf: PyRef<'_, Self>) -> PyRef<'_, Self> {
+        slf
+    }
+
+    fn __next__<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyTuple>>> {
+        let at = self.next.fetch_add(1, Ordering::Relaxed);
+        self.ops.get(at).map(|op| operation(py, op)).transpose()
+    }
+}
+
 /// The tuple that `Served.vote` takes for `op`.
 fn operation<'py>(py: Python<'py>, op: &Op) -> PyResult<Bound<'py, PyTuple>> {
     let path = |blob: &Option<PathBuf>| blob.as_ref().map(|path| path.as_os_str().to_owned());
+    let staged = |data: &StagedData| match data.to_bytes() {
+        Ok(data) => Ok(PyBytes::new(py, &data)),
+        Err(error) => Err(errors::storage_error(py, &error)),
+    };
     match op {
         Op::Store { oid, serial, data, blob } => {
-            ("store", oid_bytes(py, *oid), tid_bytes(py, *serial), PyBytes::new(py, data), path(blob))
+            ("store", oid_bytes(py, *oid), tid_bytes(py, *serial), staged(data)?, path(blob))
                 .into_pyobject(py)
         }
         Op::CheckCurrent { oid, serial } => {
@@ -425,7 +447,7 @@ fn operation<'py>(py: Python<'py>, op: &Op) -> PyResult<Bound<'py, PyTuple>> {
             "restore",
             oid_bytes(py, *oid),
             tid_bytes(py, *serial),
-            data.as_ref().map(|data| PyBytes::new(py, data)),
+            data.as_ref().map(staged).transpose()?,
             prev_txn.map(|tid| tid_bytes(py, tid)),
             path(blob),
         )

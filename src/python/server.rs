@@ -150,6 +150,8 @@ fn config_of(options: &Bound<'_, PyDict>) -> PyResult<ServerConfig> {
             "max_cursors" => config.max_cursors = value.extract()?,
             "peer_timeout" => config.peer_timeout = seconds()?.unwrap_or(config.peer_timeout),
             "slow_operation" => config.slow_operation = seconds()?,
+            "staging_memory" => config.staging_memory = value.extract()?,
+            "staging_directory" => config.staging_directory = value.extract()?,
             "tls" => {
                 let tls: Option<PyRef<'_, PyServerTls>> = value.extract()?;
                 config.tls = tls.map(|tls| tls.0.clone());

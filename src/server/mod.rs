@@ -7,6 +7,7 @@
 //! | `session` | one client: its view, its calls (`reads`, `transaction`, `undo`, `cursors`, `blobs`) |
 //! | `mailbox` | what the rest of the server has to say to one connection, in order |
 //! | `hub` | one storage: who listens, what was published |
+//! | `staging` | what a transaction has sent before its vote, in memory or on disk |
 //! | `locks`, `commit` | which transaction holds which objects; the thread that finishes |
 //! | `admin` | the operators' HTTP listener: metrics, health, status page |
 //! | `status`, `fault`, `slow` | numbers for monitors; errors for clients; what took too long, for the log |
@@ -26,11 +27,13 @@ mod mailbox;
 mod reads;
 mod session;
 mod slow;
+mod staging;
 mod status;
 mod transaction;
 mod undo;
 
 use std::fmt;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
@@ -74,6 +77,10 @@ pub struct ServerConfig {
     pub max_staged: usize,
     /// Iterators that a client may keep open.
     pub max_cursors: usize,
+    /// Bytes of records that one transaction keeps in memory before its vote; further ones go to a temporary file.
+    pub staging_memory: usize,
+    /// Where that file is; `None`: beside the storage's own, or where the system keeps temporary files.
+    pub staging_directory: Option<PathBuf>,
     /// How long an accepted connection may say nothing.
     pub handshake_timeout: Duration,
     /// A peer that acknowledges nothing, or takes in nothing of what waits for it, for this long is gone (half-open
@@ -110,6 +117,8 @@ impl Default for ServerConfig {
             max_unread: 16 << 20,
             max_staged: 4 << 30,
             max_cursors: 1000,
+            staging_memory: 64 << 20,
+            staging_directory: None,
             handshake_timeout: Duration::from_secs(60),
             peer_timeout: Duration::from_secs(60),
             slow_operation: Some(Duration::from_secs(1)),
@@ -138,6 +147,8 @@ pub(crate) struct Shared {
     /// Lines about connections that were refused or never became a client's.
     refusals: Budget,
     stopping: AtomicBool,
+    /// Bytes of staged records in memory, of all transactions.
+    pub(crate) staged_memory: Arc<AtomicUsize>,
 }
 
 impl Shared {
@@ -149,6 +160,7 @@ impl Shared {
             open: AtomicUsize::new(0),
             refusals: Budget::default(),
             stopping: AtomicBool::new(false),
+            staged_memory: Arc::default(),
         }
     }
 

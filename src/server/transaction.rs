@@ -9,7 +9,6 @@
 //! [`Transaction`] aborts what was voted, then releases or leaves the locks, then removes temporary files.
 //! Nothing touches the storage before the vote.
 
-use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -23,6 +22,7 @@ use super::hub::{Hub, count};
 use super::locks::{LockGuard, LockSet};
 use super::mailbox::Event;
 use super::session::{Outcome, ReplyTo, Served, Session, own};
+use super::staging::Staging;
 use super::undo::decode_trans_id;
 use crate::ids::{Oid, Tid};
 use crate::pickle::{Value, encode_extension};
@@ -60,10 +60,7 @@ pub(crate) struct Transaction {
     phase: Phase,
     /// Number of its last vote, by which late news of an aborted one is recognised.
     vote: u64,
-    staged: StagedTxn,
-    /// Where the last `Store` of an oid is in `staged.ops`.
-    stores: HashMap<Oid, usize>,
-    bytes: usize,
+    pub(super) staging: Staging,
     files: Vec<TemporaryFile>,
     timeout: Option<Duration>,
 }
@@ -84,26 +81,12 @@ impl Transaction {
         Some(self.since()? + self.timeout?)
     }
 
-    /// Adds a store. One of the same object takes the place of an earlier one and keeps its blob, so that a record that
-    /// was stored with and without its blob (as ZEO's client does), or again after its conflict was resolved, is one.
-    fn stage_store(&mut self, oid: Oid, serial: Tid, data: Bytes, blob: Option<PathBuf>) {
-        self.bytes += data.len();
-        let at = self.stores.get(&oid).copied().and_then(|at| self.staged.ops.get_mut(at));
-        if let Some(Op::Store { serial: old_serial, data: old_data, blob: old_blob, .. }) = at {
-            self.bytes -= old_data.len();
-            (*old_serial, *old_data) = (serial, data);
-            *old_blob = blob.or(old_blob.take());
-            return;
-        }
-        self.stores.insert(oid, self.staged.ops.len());
-        self.staged.ops.push(Op::Store { oid, serial, data, blob });
-    }
-
     fn is_small(&self) -> bool {
-        self.staged.ops.len() <= SMALL_OPS
-            && self.bytes <= SMALL_BYTES
+        let ops = &self.staging.txn.ops;
+        ops.len() <= SMALL_OPS
+            && self.staging.bytes() <= SMALL_BYTES
             && self.files.is_empty()
-            && !self.staged.ops.iter().any(|op| matches!(op, Op::Undo { .. } | Op::Restore { .. }))
+            && !ops.iter().any(|op| matches!(op, Op::Undo { .. } | Op::Restore { .. }))
     }
 }
 
@@ -136,9 +119,10 @@ impl Session {
             key,
             phase: Phase::Begun,
             vote: 0,
-            staged: StagedTxn { meta, tid, status, ops: Vec::new() },
-            stores: HashMap::new(),
-            bytes: 0,
+            staging: Staging::new(
+                StagedTxn { meta, tid, status, ops: Vec::new() },
+                &self.server.staged_memory,
+            ),
             files: Vec::new(),
             timeout: hub.options.transaction_timeout,
         });
@@ -166,21 +150,21 @@ impl Session {
         let txn = self.transaction(key)?;
         if matches!(txn.phase, Phase::Begun) {
             add(txn);
-            txn.bytes += 64;
         }
-        if txn.bytes > limit {
+        if txn.staging.bytes() > limit {
             self.close(format!("its transaction exceeds the limit of {limit} bytes (max-transaction-size)"));
         }
+        self.spill_if_large();
         Ok(Outcome::Reply(Value::None))
     }
 
     pub(crate) fn storea(&mut self, hub: &Hub, oid: Oid, serial: Tid, data: Bytes, key: &TxnKey) -> Served {
         count(&hub.stats.stores);
-        self.stage(key, |txn| txn.stage_store(oid, serial, own(data), None))
+        self.stage(key, |txn| txn.staging.store(oid, serial, own(data), None))
     }
 
     pub(crate) fn check_current(&mut self, oid: Oid, serial: Tid, key: &TxnKey) -> Served {
-        self.stage(key, |txn| txn.staged.ops.push(Op::CheckCurrent { oid, serial }))
+        self.stage(key, |txn| txn.staging.push(Op::CheckCurrent { oid, serial }))
     }
 
     pub(crate) fn delete_object(&mut self, hub: &Hub, oid: Oid, serial: Tid, key: &TxnKey) -> Served {
@@ -188,7 +172,7 @@ impl Session {
         if !hub.capabilities.delete_object {
             return Err(fault::of(&StorageError::Unsupported("deleteObject")));
         }
-        self.stage(key, |txn| txn.staged.ops.push(Op::Delete { oid, serial }))
+        self.stage(key, |txn| txn.staging.push(Op::Delete { oid, serial }))
     }
 
     pub(crate) fn restorea(
@@ -205,8 +189,8 @@ impl Session {
             return Err(fault::of(&StorageError::Unsupported("restore")));
         }
         self.stage(key, |txn| {
-            txn.bytes += data.as_ref().map_or(0, Bytes::len);
-            txn.staged.ops.push(Op::Restore { oid, serial, data: data.map(own), prev_txn, blob: None });
+            let data = data.map(|data| own(data).into());
+            txn.staging.push(Op::Restore { oid, serial, data, prev_txn, blob: None });
         })
     }
 
@@ -217,8 +201,7 @@ impl Session {
         let tid = decode_trans_id(trans_id);
         self.stage(key, |txn| {
             // An unknown id fails in the vote, as the client waits for that.
-            txn.staged.ops.push(Op::Undo { tid: tid.unwrap_or(Tid::MAX) });
-            txn.stores.clear();
+            txn.staging.push(Op::Undo { tid: tid.unwrap_or(Tid::MAX) });
         })
     }
 
@@ -232,7 +215,7 @@ impl Session {
         key: &TxnKey,
     ) -> Served {
         self.stage(key, |txn| {
-            txn.stage_store(oid, serial, own(data), Some(file.0.clone()));
+            txn.staging.store(oid, serial, own(data), Some(file.0.clone()));
             txn.files.push(file);
         })
     }
@@ -250,7 +233,11 @@ impl Session {
         if let Some(text) = already {
             return Err(Fault::storage_transaction(vec![text.into()]));
         }
-        let set = LockSet::of(&txn.staged, hub.capabilities.concurrent_votes);
+        if let Some(error) = txn.staging.failure() {
+            drop(self.end_transaction(hub));
+            return Err(Fault::new("ZODB.POSException.StorageError", error.to_string()));
+        }
+        let set = LockSet::of(&txn.staging.txn, hub.capabilities.concurrent_votes);
         txn.vote = vote;
         self.votes = vote;
         let granted = move || mailbox.post(Event::Continue(Box::new(move |session| session.granted(vote))));
@@ -294,7 +281,7 @@ impl Session {
         let mut locks = locks;
         if txn.is_small() && !hub.capabilities.slow_calls {
             let resolver: &dyn ConflictResolver = if asks_client { &AskClient } else { &NoResolution };
-            let verdict = judge(hub, txn.staged.clone(), resolver, locks);
+            let verdict = judge(hub, txn.staging.txn.clone(), resolver, locks);
             locks = match verdict {
                 Verdict::Failed(StorageError::Conflict(_), locks) if !asks_client => locks,
                 verdict => {
@@ -304,7 +291,7 @@ impl Session {
                 }
             };
         }
-        let staged = if asks_client { txn.staged.clone() } else { std::mem::take(&mut txn.staged) };
+        let staged = if asks_client { txn.staging.txn.clone() } else { txn.staging.take() };
         let (worker_hub, hub) = (Arc::clone(hub), Arc::clone(hub));
         let work = move || {
             let resolver: &dyn ConflictResolver =
@@ -324,8 +311,7 @@ impl Session {
             Verdict::Ready(held, resolved) => {
                 let since = txn.since().unwrap_or_else(Instant::now);
                 txn.phase = Phase::Voted { held, since };
-                txn.staged = StagedTxn::default();
-                txn.stores = HashMap::new();
+                drop(txn.staging.take());
                 Ok(Outcome::Reply(Value::oids(&resolved)))
             }
             Verdict::Conflicts(conflicts) => {

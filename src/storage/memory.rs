@@ -316,6 +316,7 @@ impl Storage for MemoryStorage {
         for op in txn.ops {
             match op {
                 Op::Store { oid, serial, data, blob } => {
+                    let data = data.to_bytes()?;
                     let conflict = |committed| Conflict { oid, committed, read: serial, data: data.clone() };
                     let data = match self.check_store(conflict, oid, serial, resolver)? {
                         None => data.clone(),
@@ -347,6 +348,7 @@ impl Storage for MemoryStorage {
                     writes.push(Write { oid, revision, blob: None, blob_of: None });
                 }
                 Op::Restore { oid, data, prev_txn, blob, .. } => {
+                    let data = data.map(|data| data.to_bytes()).transpose()?;
                     let repeats = |tid: &Tid| {
                         let inner = self.read();
                         let revision = inner.objects.get(&oid).and_then(|revisions| revisions.get(tid));

@@ -19,6 +19,7 @@ pub mod blob;
 pub mod error;
 pub mod file;
 pub mod memory;
+pub mod staged;
 pub mod transform;
 
 use std::path::PathBuf;
@@ -29,6 +30,7 @@ use bytes::Bytes;
 
 use crate::ids::{Oid, Tid};
 pub use error::StorageError;
+pub use staged::{SpillFile, StagedData};
 
 pub type Result<T, E = StorageError> = std::result::Result<T, E>;
 
@@ -53,13 +55,13 @@ pub struct TxnMeta {
 #[derive(Clone, Debug)]
 pub enum Op {
     /// `store`: conflict-checked write. `blob`: file to move into the blob directory with it.
-    Store { oid: Oid, serial: Tid, data: Bytes, blob: Option<PathBuf> },
+    Store { oid: Oid, serial: Tid, data: StagedData, blob: Option<PathBuf> },
     /// `checkCurrentSerialInTransaction`.
     CheckCurrent { oid: Oid, serial: Tid },
     /// `deleteObject`.
     Delete { oid: Oid, serial: Tid },
     /// `restore`/`restoreBlob`: unchecked write of the revision `serial`; `data` `None` = undone creation.
-    Restore { oid: Oid, serial: Tid, data: Option<Bytes>, prev_txn: Option<Tid>, blob: Option<PathBuf> },
+    Restore { oid: Oid, serial: Tid, data: Option<StagedData>, prev_txn: Option<Tid>, blob: Option<PathBuf> },
     /// `undo` of the transaction `tid`.
     Undo { tid: Tid },
 }
@@ -335,6 +337,11 @@ pub trait Storage: Send + Sync {
     fn blob_path(&self, oid: Oid, serial: Tid) -> Result<PathBuf>;
     /// Where uncommitted blob files go, on the same file system as the committed ones.
     fn temporary_directory(&self) -> Result<PathBuf>;
+    /// Where a file may lie for a while that holds what will become part of the storage: on its disk. `None`: it has
+    /// no such place.
+    fn scratch_directory(&self) -> Option<PathBuf> {
+        None
+    }
     /// For `storeBlobShared`: the directory of an oid's committed blobs.
     fn blob_oid_directory(&self, oid: Oid) -> Result<PathBuf>;
 

@@ -471,12 +471,17 @@ fn replay(checks: &mut Checks, fixture: &Value, ops: &[Value]) {
                     fs::write(&file, bytes(&op["blob"])).unwrap();
                     file
                 });
-                Op::Store { oid: Oid(id(&op["oid"])), serial: serial(), data: bytes(&op["data"]), blob }
+                Op::Store {
+                    oid: Oid(id(&op["oid"])),
+                    serial: serial(),
+                    data: bytes(&op["data"]).into(),
+                    blob,
+                }
             }
             "restore" => Op::Restore {
                 oid: Oid(id(&op["oid"])),
                 serial: serial(),
-                data: op["data"].is_string().then(|| bytes(&op["data"])),
+                data: op["data"].is_string().then(|| bytes(&op["data"]).into()),
                 prev_txn: op["prev_txn"].is_string().then(|| Tid(id(&op["prev_txn"]))),
                 blob: None,
             },

@@ -104,7 +104,7 @@ impl Fixture {
     /// Stores `oid` on top of its current revision.
     fn store(&self, oid: u64, value: u32, refs: &[u64]) -> Op {
         let serial = self.storage.history(Oid(oid), 1).map_or(Tid::ZERO, |entries| entries[0].tid);
-        Op::Store { oid: Oid(oid), serial, data: record(value, refs), blob: None }
+        Op::Store { oid: Oid(oid), serial, data: record(value, refs).into(), blob: None }
     }
 
     fn current(&self, oid: u64) -> Option<Bytes> {

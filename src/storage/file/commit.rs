@@ -11,7 +11,7 @@
 //! again and the storage takes no more writes: after a failed sync nobody knows what the disk has.
 //!
 //! Cost: one mutex, one `pwrite` for each [`SPILL`] bytes, one `fdatasync` for the group; an index lookup and an
-//! update for each record; one copy of the data.
+//! update for each record; one copy of the data, and a `pread` for each record that was spilled to disk.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -27,7 +27,8 @@ use super::snapshot::Snapshot;
 use super::{FileStorage, lock};
 use crate::ids::{Oid, Tid};
 use crate::storage::blob::BlobDir;
-use crate::storage::{Committed, Result, StorageError, VotedTxn};
+use crate::storage::staged::Spilled;
+use crate::storage::{Committed, Result, StagedData, StorageError, VotedTxn};
 
 /// The append is written in pieces of about this size; payloads larger than it are not copied.
 const SPILL: usize = 4 << 20;
@@ -209,7 +210,8 @@ impl Append<'_> {
             };
             self.put(&header.encode())?;
             match &record.body {
-                Body::Data(data) => self.put(data)?,
+                Body::Data(StagedData::Memory(data)) => self.put(data)?,
+                Body::Data(StagedData::Spilled(data)) => self.put_spilled(data)?,
                 Body::Back(pos) => self.put(&pos.to_be_bytes())?,
                 Body::Tombstone => self.put(&[0; 8])?,
             }
@@ -229,6 +231,27 @@ impl Append<'_> {
             self.buf.extend_from_slice(bytes);
         }
         self.pos += bytes.len() as u64;
+        Ok(())
+    }
+
+    /// Reads a record back into the buffer, in pieces.
+    fn put_spilled(&mut self, data: &Spilled) -> std::io::Result<()> {
+        let mut done = 0;
+        while done < data.len() {
+            if self.buf.len() >= SPILL {
+                self.flush()?;
+            }
+            let start = self.buf.len();
+            let count = (data.len() - done).min(SPILL - start);
+            self.buf.resize(start + count, 0);
+            let read = self.buf.get_mut(start..).map_or(Ok(()), |piece| data.read_at(piece, done));
+            if let Err(error) = read {
+                self.buf.truncate(start);
+                return Err(error);
+            }
+            self.pos += count as u64;
+            done += count;
+        }
         Ok(())
     }
 

@@ -1,4 +1,4 @@
-//! [`Pending`]: a transaction that is being put together, in memory. Nothing of it is in the file before it is finished.
+//! [`Pending`]: a transaction that is being put together, in memory (or its caller's spill file). Nothing of it is in the file before it is finished.
 //!
 //! [`FileStorage::apply`] checks one operation against the committed state and adds what it writes; so an in-process
 //! user gets conflicts and undo's oids at once, and `vote` is a loop over it.
@@ -16,7 +16,9 @@ use super::{FileStorage, transactions};
 use crate::ids::{Oid, Tid};
 use crate::limits::MAX_TXN_METADATA;
 use crate::storage::blob::BlobDir;
-use crate::storage::{Conflict, ConflictResolver, Op, Resolution, Result, StorageError, TxnMeta, VotedTxn};
+use crate::storage::{
+    Conflict, ConflictResolver, Op, Resolution, Result, StagedData, StorageError, TxnMeta, VotedTxn,
+};
 
 /// A transaction between `begin` and `vote`. Dropping it forgets it; blob files given to it stay where they are.
 pub struct Pending {
@@ -44,7 +46,7 @@ pub(super) struct NewRecord {
 
 #[derive(Clone)]
 pub(super) enum Body {
-    Data(Bytes),
+    Data(StagedData),
     /// The same data as the committed record at this position.
     Back(u64),
     Tombstone,
@@ -205,12 +207,12 @@ impl FileStorage {
                 let data = match committed.filter(|&committed| committed != serial) {
                     None => data,
                     Some(committed) => {
-                        let conflict = Conflict { oid, committed, read: serial, data };
+                        let conflict = Conflict { oid, committed, read: serial, data: data.to_bytes()? };
                         match resolver.resolve(self, &conflict, None) {
                             Resolution::Resolved(data) => {
                                 applied.resolved = true;
                                 txn.resolved.push(oid);
-                                data
+                                data.into()
                             }
                             Resolution::Unresolved => return Err(StorageError::Conflict(Box::new(conflict))),
                             Resolution::AskClient => {
@@ -220,7 +222,7 @@ impl FileStorage {
                         }
                     }
                 };
-                not_empty(oid, &data)?;
+                not_empty(oid, data.is_empty())?;
                 self.check_quota(&snapshot, txn)?;
                 txn.push(NewRecord { oid, tid: None, body: Body::Data(data) });
                 self.add_blob(txn, oid, None, blob.map(BlobSource::File))?;
@@ -243,11 +245,14 @@ impl FileStorage {
             Op::Restore { oid, serial, data, prev_txn, blob } => {
                 self.note_oid(oid);
                 if let Some(data) = &data {
-                    not_empty(oid, data)?;
+                    not_empty(oid, data.is_empty())?;
                 }
                 // A hint that does not hold (packed away here, or never known) is no hint: the data are written.
                 let repeated = match prev_txn {
-                    Some(tid) => snapshot.find_repeated(oid, data.as_deref(), tid)?,
+                    Some(tid) => {
+                        let data = data.as_ref().map(StagedData::to_bytes).transpose()?;
+                        snapshot.find_repeated(oid, data.as_deref(), tid)?
+                    }
                     None => None,
                 };
                 let body = match (repeated, data) {
@@ -324,8 +329,8 @@ impl FileStorage {
 }
 
 /// An empty payload cannot be told from a back-pointer: ZODB writes it all the same and cannot read the file again.
-pub(super) fn not_empty(oid: Oid, data: &[u8]) -> Result<()> {
-    if data.is_empty() {
+pub(super) fn not_empty(oid: Oid, is_empty: bool) -> Result<()> {
+    if is_empty {
         return Err(StorageError::Invalid(format!(
             "the data of {oid} are empty: a data file cannot hold that"
         )));

@@ -212,6 +212,11 @@ impl Storage for FileStorage {
         Ok(self.blobs()?.temp_dir())
     }
 
+    fn scratch_directory(&self) -> Option<PathBuf> {
+        let parent = self.path.parent()?;
+        Some(if parent.as_os_str().is_empty() { PathBuf::from(".") } else { parent.to_owned() })
+    }
+
     fn blob_oid_directory(&self, oid: Oid) -> Result<PathBuf> {
         Ok(self.blobs()?.oid_dir(oid))
     }

@@ -83,7 +83,7 @@ impl FileStorage {
             }
             Newest::Pending(record) => {
                 let (source, data) = match &record.body {
-                    Body::Data(data) => (0, Some(data.clone())),
+                    Body::Data(data) => (0, Some(data.to_bytes()?)),
                     Body::Back(pos) => (*pos, None),
                     Body::Tombstone => (0, None),
                 };
@@ -114,7 +114,7 @@ impl FileStorage {
         let Some((before, ..)) = snapshot.data_at(undone.prev)? else { return Ok(Err(LOST.into())) };
         let conflict = Conflict { oid: undone.oid, committed: current.tid, read: undone.tid, data: before };
         Ok(match resolver.resolve(self, &conflict, Some(current_data)) {
-            Resolution::Resolved(data) if !data.is_empty() => Ok(Body::Data(data)),
+            Resolution::Resolved(data) if !data.is_empty() => Ok(Body::Data(data.into())),
             _ => Err("Some data were modified by a later transaction".into()),
         })
     }

@@ -3,7 +3,6 @@
 use std::fs;
 use std::path::Path;
 
-use bytes::Bytes;
 use zeo_rs::ids::{Oid, Tid};
 use zeo_rs::storage::file::{FileStorage, FileStorageOptions};
 use zeo_rs::storage::{NoResolution, Op, StagedTxn, Storage, StorageError, TxnMeta, VoteOutcome, VotedTxn};
@@ -26,13 +25,13 @@ fn commit(storage: &FileStorage, ops: Vec<Op>) -> Tid {
 }
 
 fn store(oid: u64, serial: Tid, data: &'static str) -> Op {
-    Op::Store { oid: Oid(oid), serial, data: Bytes::from_static(data.as_bytes()), blob: None }
+    Op::Store { oid: Oid(oid), serial, data: data.into(), blob: None }
 }
 
 fn store_blob(storage: &FileStorage, oid: u64, serial: Tid, content: &str) -> Op {
     let file = storage.temporary_directory().unwrap().join(format!("upload{content}"));
     fs::write(&file, content).unwrap();
-    Op::Store { oid: Oid(oid), serial, data: Bytes::from_static(b"a blob"), blob: Some(file) }
+    Op::Store { oid: Oid(oid), serial, data: "a blob".into(), blob: Some(file) }
 }
 
 /// Files anywhere below.

@@ -116,12 +116,12 @@ impl Model {
             let oid = Oid(u64::from(oid));
             let serial = self.serial(oid);
             let op = match write {
-                Write::Store(n, len) => Op::Store { oid, serial, data: data(*n, *len), blob: None },
+                Write::Store(n, len) => Op::Store { oid, serial, data: data(*n, *len).into(), blob: None },
                 Write::Delete if serial == Tid::ZERO => continue,
                 Write::Delete => Op::Delete { oid, serial },
                 // The serial is put in when the tid is known.
                 Write::Restore(n) => {
-                    Op::Restore { oid, serial, data: Some(data(*n, 40)), prev_txn: None, blob: None }
+                    Op::Restore { oid, serial, data: Some(data(*n, 40).into()), prev_txn: None, blob: None }
                 }
             };
             ops.push((oid, op));
@@ -252,7 +252,9 @@ pub(crate) fn run(storage: &FileStorage, model: &mut Model, step: &Step) -> Resu
                 model.transactions.push((tid, ops.iter().map(|(oid, _)| *oid).collect()));
                 for (oid, op) in ops {
                     let data = match op {
-                        Op::Store { data, .. } | Op::Restore { data: Some(data), .. } => Some(data),
+                        Op::Store { data, .. } | Op::Restore { data: Some(data), .. } => {
+                            Some(data.to_bytes()?)
+                        }
                         _ => None,
                     };
                     model.add(oid, tid, data, None);
@@ -279,7 +281,8 @@ pub(crate) fn run(storage: &FileStorage, model: &mut Model, step: &Step) -> Resu
         Step::Stale(oid) => {
             let oid = Oid(u64::from(*oid));
             let serial = Tid(1);
-            let result = vote(storage, None, vec![Op::Store { oid, serial, data: data(9, 9), blob: None }]);
+            let result =
+                vote(storage, None, vec![Op::Store { oid, serial, data: data(9, 9).into(), blob: None }]);
             match model.newest(oid) {
                 Some(newest) => {
                     let Err(StorageError::Conflict(conflict)) = result else { panic!("no conflict") };
@@ -291,7 +294,7 @@ pub(crate) fn run(storage: &FileStorage, model: &mut Model, step: &Step) -> Resu
         }
         Step::Abort(oid) => {
             let oid = Oid(u64::from(*oid));
-            let op = Op::Store { oid, serial: model.serial(oid), data: data(8, 8), blob: None };
+            let op = Op::Store { oid, serial: model.serial(oid), data: data(8, 8).into(), blob: None };
             storage.abort(vote(storage, None, vec![op])?);
             return Ok(false);
         }
