@@ -19,6 +19,7 @@ __all__ = [
     "_RecordReader",
     "Record",
     "pack_file_storage",
+    "pack_file_storage_by",
     "check_file",
     "dump_file",
     "Server",
@@ -193,4 +194,12 @@ def pack_file_storage(
     progress: Callable[[dict[str, Any]], object] | None = None,
     throttle: int | None = None,
 ) -> None: ...
+def pack_file_storage_by(
+    storage: FileStorageBase,
+    packer: Callable[[object, Callable[[bytes], Sequence[bytes]], bytes, bool], tuple[int, object] | None],
+    referencesf: Callable[[bytes], Sequence[bytes]],
+    stop: bytes,
+    gc: bool,
+    commit_lock: object,
+) -> bool: ...
 def _after_fork_in_child() -> None: ...

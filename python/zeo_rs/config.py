@@ -1,5 +1,6 @@
 """Configuration: ZConfig's sections of servers and storages made into what the rest of the package takes."""
 
+import importlib
 import io
 import os
 from dataclasses import dataclass, field
@@ -105,10 +106,21 @@ class FileStorageFactory(ZODB.config.BaseConfig):
         given = {name: getattr(config, name) for name in names}
         return {name: value for name, value in given.items() if value is not None}
 
+    def packer(self):
+        """What the `packer` key names: `module.name`, or `module:expression`; None without it."""
+        text = self.config.packer
+        if not text:
+            return None
+        module, colon, expression = text.partition(":")
+        if colon:
+            return eval(expression, importlib.import_module(module).__dict__)
+        module, _, name = text.rpartition(".")
+        return getattr(importlib.import_module(module), name)
+
     def open(self):
         from zeo_rs.filestorage import FileStorage
 
-        return FileStorage(self.config.path, **self.arguments())
+        return FileStorage(self.config.path, packer=self.packer(), **self.arguments())
 
 
 def _with_engine(factory):

@@ -6,6 +6,7 @@ with `isinstance`; nothing of how that class reads or writes is used. The native
 
 import base64
 import contextlib
+import logging
 import os
 import threading
 import time
@@ -16,16 +17,20 @@ from zodbpickle.pickle import loads
 from ZODB.blob import rename_or_copy_blob
 from ZODB.BaseStorage import TransactionRecord as BaseTransactionRecord
 from ZODB.FileStorage import FileStorage as ZODBFileStorage
-from ZODB.interfaces import IBlobStorageRestoreable
+from ZODB.FileStorage.FileStorage import FileStorageError, RedundantPackWarning
+from ZODB.interfaces import IBlobStorageRestoreable, IMultiCommitStorage
 from ZODB.POSException import ReadOnlyError, StorageTransactionError, UndoError
 from ZODB.serialize import referencesf as zodb_referencesf
 from ZODB.utils import z64
-from zope.interface import alsoProvides
+from zope.interface import alsoProvides, implementer
 
-from zeo_rs._zeo import FileStorageBase, pack_file_storage
+from zeo_rs._zeo import FileStorageBase, pack_file_storage, pack_file_storage_by
 from zeo_rs.fileindex import FileIndex
 
 __all__ = ["FileStorage", "TransactionIterator", "TransactionRecord"]
+
+
+logger = logging.getLogger(__name__)
 
 
 def _time(tid):
@@ -65,6 +70,7 @@ class TransactionIterator:
         self.close()
 
 
+@implementer(IMultiCommitStorage)
 class FileStorage(FileStorageBase, ZODBFileStorage):
     """FileStorage(file_name, create=False, read_only=False, stop=None, quota=None, pack_gc=True, pack_keep_old=True,
     packer=None, blob_dir=None)
@@ -74,9 +80,12 @@ class FileStorage(FileStorageBase, ZODBFileStorage):
     stop: a tid; show only what was committed before it (needs read_only).
     quota: bytes that the file may have; a record that would begin beyond it is refused.
     pack_gc, pack_keep_old: whether `pack` collects garbage and keeps the previous file as NAME.old.
-    packer: a callable that packs instead (`IFileStoragePacker`).
+    packer: a callable that packs instead (`ZODB.FileStorage.interfaces.IFileStoragePacker`).
     blob_dir: directory of the blobs; without it there are none.
     """
+
+    #: An `IFileStoragePacker` that is to pack in place of the engine, or None.
+    packer = None
 
     def __init__(
         self,
@@ -104,8 +113,12 @@ class FileStorage(FileStorageBase, ZODBFileStorage):
         # of ZODB's users: wrappers, packers and tests take these
         self._lock = threading.RLock()
         self._commit_lock = threading.Lock()
+        self._lock_acquire, self._lock_release = self._lock.acquire, self._lock.release
+        self._commit_lock_acquire, self._commit_lock_release = self._commit_lock.acquire, self._commit_lock.release
         self._transaction = self._tid = None
         self._opened_file = None
+        if read_only:
+            os.stat(file_name)  # a missing file: Python's own words
         self._open(
             self._file_name,
             bool(create),
@@ -272,12 +285,31 @@ class FileStorage(FileStorageBase, ZODBFileStorage):
 
         progress: called with a dict (phase, bytes_done, bytes_total, objects_done, objects_total); False cancels the pack.
         throttle: bytes that may be read and written a second.
+
+        A storage with a `packer` of its own has no progress and no throttle to offer: TypeError.
         """
         if self._is_read_only:
             raise ReadOnlyError()
+        if self.packer is not None:
+            if progress is not None or throttle is not None:
+                raise TypeError("progress and throttle are of the built-in pack, and this storage has a packer of its own")
+            self._pack_by(self.packer, t, referencesf, gc)
+            return
         # ZODB's own finder of references reads pickles only, which needs no Python
         native = referencesf is zodb_referencesf
         pack_file_storage(self, t, self._commit_lock, None if native else referencesf, gc, progress, throttle)
+        self._opened_file = None
+
+    def _pack_by(self, packer, t, referencesf, gc):
+        stop = TimeStamp(*time.gmtime(t)[:5], t % 60).raw()
+        if stop == z64:
+            raise FileStorageError("Invalid pack time")
+        if not len(self):
+            return
+        try:
+            pack_file_storage_by(self, packer, referencesf, stop, self._pack_gc if gc is None else bool(gc), self._commit_lock)
+        except RedundantPackWarning as nothing_to_do:
+            logger.info("%s", nothing_to_do)
         self._opened_file = None
 
     @property

@@ -3,10 +3,11 @@
 
 use std::sync::Mutex;
 
+use pyo3::exceptions::PyException;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
 
-use super::convert::oid_arg;
+use super::convert::{OrRaise, oid_arg, tid_arg};
 use super::errors;
 use super::file_storage::{FileStorageBase, locked};
 use crate::ids::Oid;
@@ -57,8 +58,53 @@ fn pack_file_storage(
     });
     match (packed, locked(&raised).take()) {
         (Ok(()), _) => Ok(()),
-        (Err(_), Some(error)) => Err(error),
-        (Err(error), None) => Err(errors::storage_error(py, &error)),
+        (Err(StorageError::Cancelled | StorageError::Invalid(_)), Some(error)) => Err(error),
+        (Err(error), _) => Err(errors::storage_error(py, &error)),
+    }
+}
+
+/// Packs `storage` by `packer`, ZODB's `IFileStoragePacker`: called with the storage, `referencesf`, `stop` (a tid) and `gc`,
+/// it writes NAME.pack, takes the commit lock and answers `(size, index)`; or None if there is nothing to be done. False if
+/// there was not.
+#[pyfunction]
+fn pack_file_storage_by(
+    storage: &Bound<'_, FileStorageBase>,
+    packer: &Bound<'_, PyAny>,
+    referencesf: &Bound<'_, PyAny>,
+    stop: &Bound<'_, PyAny>,
+    gc: bool,
+    commit_lock: Py<PyAny>,
+) -> PyResult<bool> {
+    let py = storage.py();
+    let engine = storage.get().engine()?.clone();
+    let tid = tid_arg(stop)?;
+    let lock = CommitLock(commit_lock);
+    let mut raised = None;
+    let call = (
+        packer.clone().unbind(),
+        storage.clone().unbind(),
+        referencesf.clone().unbind(),
+        stop.clone().unbind(),
+    );
+    let packed = py.detach(|| {
+        let mut pack = || {
+            Python::attach(|py| {
+                let (packer, storage, referencesf, stop) = &call;
+                let answer = packer.bind(py).call1((storage, referencesf, stop, gc)).and_then(|answer| {
+                    // the index is made anew, which verifies the file
+                    if answer.is_none() { Ok(None) } else { answer.get_item(0)?.extract::<u64>().map(Some) }
+                });
+                answer.map_err(|error| {
+                    raised = Some(error);
+                    StorageError::Cancelled
+                })
+            })
+        };
+        engine.pack_by(tid, &mut pack, &mut || lock.release())
+    });
+    match raised {
+        Some(error) => Err(error),
+        None => packed.or_raise(py),
     }
 }
 
@@ -90,8 +136,11 @@ impl References for PythonReferences<'_> {
             Ok(())
         });
         found.map_err(|error| {
-            locked(self.raised).get_or_insert(error);
-            StorageError::Cancelled
+            // an interruption is none of the record's
+            let of_the_record = Python::attach(|py| error.is_instance_of::<PyException>(py));
+            let text = error.to_string();
+            *locked(self.raised) = Some(error);
+            if of_the_record { StorageError::Invalid(text) } else { StorageError::Cancelled }
         })
     }
 
@@ -113,18 +162,26 @@ struct CommitLock(Py<PyAny>);
 
 impl WholeStorageLock for CommitLock {
     fn with_whole_storage(&self, body: &mut dyn FnMut()) {
-        let call = |method| Python::attach(|py| self.0.bind(py).call_method0(method).map(drop));
-        if let Err(error) = call("acquire") {
-            tracing::error!(%error, "cannot take the commit lock");
-            return;
-        }
-        body();
-        if let Err(error) = call("release") {
-            tracing::error!(%error, "cannot give the commit lock back");
+        if self.call("acquire") {
+            body();
+            self.release();
         }
     }
 }
 
+impl CommitLock {
+    fn release(&self) {
+        self.call("release");
+    }
+
+    /// Whether it went well.
+    fn call(&self, method: &str) -> bool {
+        let called = Python::attach(|py| self.0.bind(py).call_method0(method).map(drop));
+        called.inspect_err(|error| tracing::error!(%error, "the commit lock: {method}")).is_ok()
+    }
+}
+
 pub(crate) fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
-    m.add_function(wrap_pyfunction!(pack_file_storage, m)?)
+    m.add_function(wrap_pyfunction!(pack_file_storage, m)?)?;
+    m.add_function(wrap_pyfunction!(pack_file_storage_by, m)?)
 }

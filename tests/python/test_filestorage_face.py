@@ -186,16 +186,62 @@ def test_nobody_sees_a_transaction_before_its_callback_has_returned(storage):
     assert seen["outside"] == (seen["second"], seen["second"])
 
 
-def test_a_failing_callback_leaves_the_storage_usable(storage):
+def test_a_transaction_whose_callback_raises_is_not_there(tmp_path):
+    """As in ZODB, whose file then has bytes behind its end that can poison later tids."""
+    path = tmp_path / "Data.fs"
+    storage = FileStorage(path, blob_dir=tmp_path / "blobs")
+    first = commit(storage, (z64, z64, DATA))
+    before = path.read_bytes()
+    seen = []
+
     def callback(tid):
+        seen.append((tid, storage.load(z64)[1], storage.getTid(z64), storage.lastTransaction()))
         raise ZeroDivisionError
 
+    t = TransactionMetaData()
+    storage.tpc_begin(t)
+    (tmp_path / "upload").write_bytes(b"content")
+    storage.storeBlob(p64(1), z64, DATA, str(tmp_path / "upload"), "", t)
+    storage.store(z64, first, DATA + b"2", "", t)
+    storage.tpc_vote(t)
     with pytest.raises(ZeroDivisionError):
-        commit(storage, (z64, z64, DATA), callback=callback)
-    # it is on disk: the callback runs after the transaction is durable
-    tid = storage.load(z64)[1]
-    assert storage.lastTransaction() == tid
-    assert commit(storage, (z64, tid, DATA)) > tid
+        storage.tpc_finish(t, callback)
+    ((tid, *inside),) = seen
+    assert inside == [first] * 3
+    storage.tpc_abort(t)  # what callers do after a failure; it has no effect
+    assert path.read_bytes() == before
+    assert [name for _, _, names in os.walk(tmp_path / "blobs") for name in names] == [".layout"]
+    assert storage.load(z64) == (DATA, first) and storage.lastTransaction() == first and len(storage) == 1
+    with pytest.raises(POSKeyError):
+        storage.load(p64(1))
+    second = commit(storage, (z64, first, DATA + b"3"))
+    assert second > tid
+    storage.close()
+    for storage_class in (FileStorage, ZODB.FileStorage.FileStorage):
+        storage = storage_class(str(path))
+        assert [transaction.tid for transaction in storage.iterator()] == [first, second]
+        assert storage.lastTransaction() == second
+        storage.close()
+
+
+def test_who_learns_of_a_transaction_from_its_callback_finds_it(storage):
+    """A connection that was told loads at once, in another thread, before `tpc_finish` has returned."""
+    tid = commit(storage, (z64, z64, DATA))
+    threads, seen = [], []
+
+    def callback(tid):
+        def read():
+            seen.append((tid, storage.loadBefore(z64, p64(u64(tid) + 1))[1], storage.loadSerial(z64, tid)))
+
+        threads.append(threading.Thread(target=read))
+        threads[-1].start()
+
+    for n in range(300):
+        tid = commit(storage, (z64, tid, DATA + b"%d" % n), callback=callback)
+    for thread in threads:
+        thread.join(30)
+    assert len(seen) == 300
+    assert [entry for entry in seen if entry[0] != entry[1]] == []
 
 
 def test_replaced_conflict_resolution(storage):

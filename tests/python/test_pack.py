@@ -15,6 +15,7 @@ from persistent.mapping import PersistentMapping
 from zc.zlibstorage import ZlibStorage
 from ZODB.blob import Blob
 from ZODB.FileStorage import FileStorage as ZodbFileStorage
+from ZODB.FileStorage.FileStorage import FileStorageError
 from ZODB.scripts import fsrefs, fstest
 from ZODB.serialize import referencesf
 
@@ -250,3 +251,153 @@ def test_compressed_records(tmp_path, gc):
         assert content(ZlibStorage(FileStorage(path))) == expected
     assert os.path.getsize(path) == size
     assert content(ZlibStorage(ZodbFileStorage(path))) == expected
+
+
+# -- packers of the application's own
+
+
+@pytest.mark.parametrize("gc", [True, False])
+@pytest.mark.parametrize("keep_old", [True, False])
+def test_zodbs_packer(tmp_path, caplog, capsys, gc, keep_old):
+    """ZODB's own is a packer as good as any: it reads and locks what `IFileStorage` promises."""
+    path, blobs = str(tmp_path / "Data.fs"), str(tmp_path / "blobs")
+    half = fill(FileStorage(path, blob_dir=blobs), 7)
+    storage = FileStorage(path, blob_dir=blobs, packer=ZodbFileStorage.packer, pack_keep_old=keep_old)
+    database = ZODB.DB(storage)
+    for text in b"one", b"two":
+        with database.transaction() as connection:
+            connection.root()["blob"] = Blob(text)
+    database.close()
+    expected = content(FileStorage(path, blob_dir=blobs))
+    files = [sum(name.endswith(".blob") for _, _, names in os.walk(blobs) for name in names)]
+    storage = FileStorage(path, blob_dir=blobs, packer=ZodbFileStorage.packer, pack_keep_old=keep_old)
+    sizes = [storage.getSize()]
+    for time in half, 10**10, 10**10:
+        storage.pack(time, referencesf, gc=gc)
+        sizes.append(storage.getSize())
+        files.append(sum(name.endswith(".blob") for _, _, names in os.walk(blobs) for name in names))
+    assert sizes[0] > sizes[1] > sizes[2] == sizes[3] == os.path.getsize(path)
+    assert files == [2, 2, 1, 1] if gc else files == [2, 2, 2, 2]
+    assert not os.path.exists(path + ".pack") and not os.path.exists(os.path.join(blobs, ".removed"))
+    assert os.path.exists(path + ".old") == os.path.exists(blobs + ".old") == keep_old or not gc
+    assert storage._commit_lock.acquire(timeout=1)
+    storage._commit_lock.release()
+    storage.close()
+    reopened = FileStorage(path, blob_dir=blobs)
+    assert content(reopened) == expected
+    assert content(ZodbFileStorage(path, blob_dir=blobs)) == expected
+    assert_sound(path, caplog, capsys)
+
+
+def test_what_a_packer_is_called_with(tmp_path):
+    calls = []
+
+    def packer(*args):
+        calls.append(args)
+
+    storage = FileStorage(tmp_path / "Data.fs", packer=packer, pack_gc=False)
+    storage.pack(1000.5, referencesf)
+    assert not calls  # there is nothing in it
+    ZODB.DB(storage)
+    storage.pack(1000.5, referencesf)
+    storage.pack(1000.5, referencesf, gc=True)
+    stop = ZODB.TimeStamp.TimeStamp(1970, 1, 1, 0, 16, 40.5).raw()
+    assert calls == [(storage, referencesf, stop, False), (storage, referencesf, stop, True)]
+    with pytest.raises(TypeError, match="packer of its own"):
+        storage.pack(1000, referencesf, throttle=5)
+    storage.close()
+
+
+def test_a_packer_that_fails_costs_nothing(tmp_path):
+    """Also one that writes something else than it says: its file is verified before it takes the place."""
+    path = str(tmp_path / "Data.fs")
+    fill(FileStorage(path), 8)
+    with open(path, "rb") as file:
+        data = file.read()
+    attempts = []
+
+    def packer(storage, referencesf, stop, gc):
+        attempt = attempts[-1]
+        written, size = data, len(data)
+        if attempt == "raises":
+            raise ZeroDivisionError
+        if attempt == "nested":
+            storage.pack(10**10, referencesf)
+        storage._commit_lock.acquire()
+        if attempt == "wrong size":
+            size -= 8
+        elif attempt == "cut":
+            written = data[:-5]
+        elif attempt == "older":  # without the newest transaction
+            written = data[: -8 - int.from_bytes(data[-8:], "big")]
+            size = len(written)
+        elif attempt == "damaged":
+            written = data[:200] + b"x" * 50 + data[250:]
+        elif attempt == "text":
+            written = b"FS21" + data[4:]
+        if attempt != "nothing written":
+            with open(storage._file.name + ".pack", "wb") as file:
+                file.write(written)
+        return size, {}
+
+    storage = FileStorage(path, packer=packer)
+    for attempt, error in {
+        "raises": ZeroDivisionError,
+        "nested": FileStorageError,
+        "wrong size": FileStorageError,
+        "cut": FileStorageError,
+        "older": FileStorageError,
+        "damaged": FileStorageError,
+        "text": FileStorageError,
+        "nothing written": FileNotFoundError,
+    }.items():
+        attempts.append(attempt)
+        # up to the newest transaction but one
+        with pytest.raises(error):
+            storage.pack(1000, referencesf)
+        with open(path, "rb") as file:
+            assert file.read() == data, attempt
+        assert not os.path.exists(path + ".pack"), attempt
+        assert storage._commit_lock.acquire(timeout=1), attempt
+        storage._commit_lock.release()
+    # the old file is there, and takes commits
+    database = ZODB.DB(storage)
+    with database.transaction() as connection:
+        connection.root()["more"] = 1
+    database.close()
+
+
+def test_an_old_file_does_not_outlive_a_pack_that_keeps_none(tmp_path):
+    path, blobs = str(tmp_path / "Data.fs"), str(tmp_path / "blobs")
+    for keep_old in True, False:
+        half = fill(FileStorage(path, blob_dir=blobs), 9)
+        storage = FileStorage(path, blob_dir=blobs, pack_keep_old=keep_old)
+        storage.pack(half, referencesf)
+        storage.close()
+        assert os.path.exists(path + ".old") == keep_old
+
+
+@pytest.mark.parametrize("finder", [referencesf, lambda record: referencesf(record)], ids=["native", "python"])
+def test_a_later_record_that_cannot_be_read_is_no_reason_not_to_pack(tmp_path, finder):
+    """ZODB does not read what was written after the pack time; fsrecover packs what it saved of a damaged file."""
+    path = str(tmp_path / "Data.fs")
+    half = fill(FileStorage(path), 10)
+    storage = FileStorage(path)
+    size = storage.getSize()
+
+    def store(oid, serial):
+        txn = ZODB.Connection.TransactionMetaData()
+        storage.tpc_begin(txn)
+        storage.store(oid, serial, b"no pickle", "", txn)
+        storage.tpc_vote(txn)
+        storage.tpc_finish(txn)
+
+    store(storage.new_oid(), b"\0" * 8)
+    storage.pack(half, finder)
+    assert storage.getSize() < size
+    # what is reached at the pack time could refer to anything
+    root = b"\0" * 8
+    store(root, storage.getTid(root))
+    with pytest.raises(Exception, match="no pickle|invalid load key|opcode"):
+        storage.pack(10**10, finder)
+    storage.close()

@@ -6,15 +6,16 @@
 //!
 //! Cost of a blob commit: 1 fsync of the file, 1 fsync of its directory, plus 1 fsync for each directory made.
 
-use std::fs::{self, File};
+use std::fs;
 use std::io;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
 
 use super::layout::{Layout, MARKER, TEMP};
+use super::names::{BlobFiles, OsBlobFiles};
 use crate::ids::{Oid, Tid};
 use crate::storage::{Result, StorageError};
 
@@ -25,6 +26,7 @@ pub struct BlobDir {
     layout: Layout,
     /// Names of files made here are unique in this process by this, among processes by the pid.
     next_temp: AtomicU64,
+    files: Arc<dyn BlobFiles>,
     /// Held while a name appears in an object's directory and while empty directories are removed, so that neither
     /// pulls the ground from under the other. Never held during a sync.
     names: Mutex<()>,
@@ -36,16 +38,26 @@ impl BlobDir {
     ///
     /// Errors: `Invalid` for an unknown marker, `Io`.
     pub fn open(path: &Path, create: bool) -> Result<Self> {
+        Self::open_with(Arc::new(OsBlobFiles), path, create)
+    }
+
+    /// As [`Self::open`], with operations that a test looks at, or fails.
+    #[doc(hidden)]
+    pub fn open_with(files: Arc<dyn BlobFiles>, path: &Path, create: bool) -> Result<Self> {
         let layout = match read_marker(path)? {
             Some(layout) => layout,
             None if is_used(path)? => Layout::Lawn,
             None => Layout::Bushy,
         };
-        Self::open_as(path, layout, create)
+        Self::make(files, path, layout, create)
     }
 
     /// Opens the directory with a given layout. Errors: `Invalid` if its marker names another one, `Io`.
     pub fn open_as(path: &Path, layout: Layout, create: bool) -> Result<Self> {
+        Self::make(Arc::new(OsBlobFiles), path, layout, create)
+    }
+
+    fn make(files: Arc<dyn BlobFiles>, path: &Path, layout: Layout, create: bool) -> Result<Self> {
         let base = std::path::absolute(path).map_err(|e| failed("find", path, e))?;
         match read_marker(&base)? {
             Some(found) if found != layout => {
@@ -55,21 +67,25 @@ impl BlobDir {
             }
             Some(_) if !create => {}
             found if create => {
-                make_dirs(&base.join(TEMP))?;
+                make_dirs(&*files, &base.join(TEMP))?;
                 if found.is_none() {
                     let marker = base.join(MARKER);
                     fs::write(&marker, layout.name()).map_err(|e| failed("write", &marker, e))?;
-                    sync_file(&marker)?;
-                    sync_dir(&base)?;
+                    sync(&*files, &marker)?;
+                    sync(&*files, &base)?;
                 }
             }
             _ => {}
         }
-        Ok(Self { base, layout, next_temp: AtomicU64::new(0), names: Mutex::new(()) })
+        Ok(Self { base, layout, next_temp: AtomicU64::new(0), files, names: Mutex::new(()) })
     }
 
     pub fn base(&self) -> &Path {
         &self.base
+    }
+
+    pub(crate) fn files(&self) -> &dyn BlobFiles {
+        &*self.files
     }
 
     pub fn layout(&self) -> Layout {
@@ -104,7 +120,7 @@ impl BlobDir {
     /// Makes an object's directory, durably. An existing one is fine.
     pub fn make_oid_dir(&self, oid: Oid) -> Result<PathBuf> {
         let dir = self.oid_dir(oid);
-        make_dirs(&dir)?;
+        make_dirs(&*self.files, &dir)?;
         Ok(dir)
     }
 
@@ -113,20 +129,20 @@ impl BlobDir {
     pub fn prepare(&self, source: &Path, oid: Oid) -> Result<PathBuf> {
         let dir = self.make_oid_dir(oid)?;
         let staged = self.temp_path();
-        match fs::rename(source, &staged) {
+        match self.files.rename(source, &staged) {
             Ok(()) => {}
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Err(failed("take over", source, e)),
             // Most likely another file system.
             Err(_) => {
-                if let Err(e) = fs::copy(source, &staged) {
-                    let _ = fs::remove_file(&staged);
+                if let Err(e) = self.files.copy(source, &staged) {
+                    let _ = self.files.remove_file(&staged);
                     return Err(failed("copy", source, e));
                 }
-                fs::remove_file(source).map_err(|e| failed("remove", source, e))?;
+                self.files.remove_file(source).map_err(|e| failed("remove", source, e))?;
             }
         }
-        if let Err(e) = make_read_only(&staged, &dir).and_then(|()| sync_file(&staged)) {
-            let _ = fs::rename(&staged, source);
+        if let Err(e) = make_read_only(&staged, &dir).and_then(|()| sync(&*self.files, &staged)) {
+            let _ = self.files.rename(&staged, source);
             return Err(e);
         }
         Ok(staged)
@@ -138,14 +154,14 @@ impl BlobDir {
         let dir = self.make_oid_dir(oid)?;
         let source = self.existing_path(oid, from)?;
         let staged = self.temp_path();
-        if fs::hard_link(&source, &staged).is_err() {
-            if let Err(e) = fs::copy(&source, &staged) {
-                let _ = fs::remove_file(&staged);
+        if self.files.hard_link(&source, &staged).is_err() {
+            if let Err(e) = self.files.copy(&source, &staged) {
+                let _ = self.files.remove_file(&staged);
                 return Err(failed("copy", &source, e));
             }
             make_read_only(&staged, &dir)?;
         }
-        sync_file(&staged)?;
+        sync(&*self.files, &staged)?;
         Ok(staged)
     }
 
@@ -154,22 +170,22 @@ impl BlobDir {
         let target = self.path(oid, tid);
         {
             let _names = self.names.lock().unwrap_or_else(|e| e.into_inner());
-            let mut moved = fs::rename(prepared, &target);
+            let mut moved = self.files.rename(prepared, &target);
             if matches!(&moved, Err(e) if e.kind() == io::ErrorKind::NotFound) && prepared.exists() {
                 // A pack found the new directory empty and removed it.
                 self.make_oid_dir(oid)?;
-                moved = fs::rename(prepared, &target);
+                moved = self.files.rename(prepared, &target);
             }
             moved.map_err(|e| failed("name", &target, e))?;
             // Renaming one hard link over another of the same file leaves both.
-            let _ = fs::remove_file(prepared);
+            let _ = self.files.remove_file(prepared);
         }
-        sync_dir(&self.oid_dir(oid))
+        sync(&*self.files, &self.oid_dir(oid))
     }
 
     /// Removes a prepared file that will not be published.
     pub fn discard(&self, prepared: &Path) {
-        let _ = fs::remove_file(prepared);
+        let _ = self.files.remove_file(prepared);
     }
 
     /// [`Self::prepare`] and [`Self::publish`] in one.
@@ -187,7 +203,7 @@ impl BlobDir {
     /// Removes the file of a revision and the directories it leaves empty. A missing file is fine.
     pub fn remove(&self, oid: Oid, tid: Tid) -> Result<()> {
         let path = self.path(oid, tid);
-        match fs::remove_file(&path) {
+        match self.files.remove_file(&path) {
             Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(failed("remove", &path, e)),
             _ => {}
         }
@@ -208,7 +224,7 @@ impl BlobDir {
     pub(crate) fn prune(&self, oid: Oid) {
         let _names = self.names.lock().unwrap_or_else(|e| e.into_inner());
         let mut dir = self.oid_dir(oid);
-        while dir != self.base && fs::remove_dir(&dir).is_ok() && dir.pop() {}
+        while dir != self.base && self.files.remove_dir(&dir).is_ok() && dir.pop() {}
     }
 
     /// Tids of the files of an object, ascending.
@@ -256,7 +272,7 @@ impl BlobDir {
         for_each_entry(&self.temp_dir(), &mut |entry, is_dir| {
             let modified = entry.metadata().and_then(|meta| meta.modified());
             let stale = matches!((modified, limit), (Ok(modified), Some(limit)) if modified < limit);
-            if !is_dir && stale && fs::remove_file(entry.path()).is_ok() {
+            if !is_dir && stale && self.files.remove_file(&entry.path()).is_ok() {
                 removed += 1;
             }
             Ok(())
@@ -318,7 +334,7 @@ fn for_each_entry(dir: &Path, visit: &mut dyn FnMut(&fs::DirEntry, bool) -> Resu
 }
 
 /// `mkdir -p`, durably: each directory made is synced into its parent. A concurrent maker is fine.
-pub(crate) fn make_dirs(dir: &Path) -> Result<()> {
+fn make_dirs(files: &dyn BlobFiles, dir: &Path) -> Result<()> {
     let mut missing = Vec::new();
     let mut at = Some(dir);
     while let Some(path) = at.filter(|path| !path.as_os_str().is_empty() && !path.exists()) {
@@ -326,12 +342,12 @@ pub(crate) fn make_dirs(dir: &Path) -> Result<()> {
         at = path.parent();
     }
     for path in missing.into_iter().rev() {
-        match fs::create_dir(path) {
+        match files.create_dir(path) {
             Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(failed("make", path, e)),
             _ => {}
         }
         if let Some(parent) = path.parent().filter(|parent| !parent.as_os_str().is_empty()) {
-            sync_dir(parent)?;
+            sync(files, parent)?;
         }
     }
     Ok(())
@@ -348,17 +364,15 @@ fn make_read_only(file: &Path, dir: &Path) -> Result<()> {
     result.map_err(|e| failed("set the mode of", file, e))
 }
 
-fn sync_file(path: &Path) -> Result<()> {
-    File::open(path).and_then(|file| file.sync_all()).map_err(|e| failed("sync", path, e))
-}
-
-/// Makes names in `dir` durable.
-pub(crate) fn sync_dir(dir: &Path) -> Result<()> {
-    sync_file(dir)
+/// A file's content, or the names in a directory.
+fn sync(files: &dyn BlobFiles, path: &Path) -> Result<()> {
+    files.sync(path).map_err(|e| failed("sync", path, e))
 }
 
 #[cfg(test)]
 mod tests {
+    use std::fs::File;
+
     use super::*;
 
     const OID: Oid = Oid(0x0e);

@@ -36,6 +36,7 @@ const SPILL: usize = 4 << 20;
 /// A transaction of the group with its place in the file.
 struct Placed {
     tid: Tid,
+    start: u64,
     end: u64,
     oids: Arc<[Oid]>,
     positions: Vec<(Oid, u64)>,
@@ -48,6 +49,26 @@ impl FileStorage {
         group: Vec<VotedTxn>,
         publish: &mut dyn FnMut(&Committed),
     ) -> Result<()> {
+        self.finish_confirmed(group, &mut |_| true, publish).map(drop)
+    }
+
+    /// Finishes one transaction if `confirm` agrees: it is called with the tid when the transaction is durable and nobody
+    /// can see it yet. Where it does not, the transaction is taken back (cut off, and that synced; its blob files
+    /// removed), `None` is answered, and the storage goes on as if it had been aborted. Only a crash in between leaves it
+    /// committed. If the cut fails, the storage takes no more writes, as after any I/O error.
+    pub fn finish_if(&self, txn: VotedTxn, confirm: &mut dyn FnMut(Tid) -> bool) -> Result<Option<Tid>> {
+        let mut tid = None;
+        let done = self.finish_confirmed(vec![txn], confirm, &mut |committed| tid = Some(committed.tid))?;
+        Ok(tid.filter(|_| done))
+    }
+
+    /// `confirm`: of the last tid of the group. Answers whether it agreed.
+    fn finish_confirmed(
+        &self,
+        group: Vec<VotedTxn>,
+        confirm: &mut dyn FnMut(Tid) -> bool,
+        publish: &mut dyn FnMut(&Committed),
+    ) -> Result<bool> {
         let mut voted = Vec::with_capacity(group.len());
         for VotedTxn { oids, state, .. } in group {
             let state = state.downcast::<Voted>();
@@ -60,7 +81,17 @@ impl FileStorage {
         let mut named = Vec::new();
         let result = self.append(&snapshot, &mut voted, &mut named);
         let placed = result.inspect_err(|error| self.fail(&snapshot, old_end, &named, error))?;
+        if let Some(last) = placed.last()
+            && !confirm(last.tid)
+        {
+            let cut = snapshot.file.set_len(old_end).and_then(|()| snapshot.file.sync_data());
+            cut.map_err(|e| self.cannot_write(e))
+                .inspect_err(|error| self.fail(&snapshot, old_end, &named, error))?;
+            self.forget_append(&named);
+            return Ok(false);
+        }
         for (index, placed) in placed.into_iter().enumerate() {
+            snapshot.note(placed.tid, placed.start);
             for (oid, pos) in placed.positions {
                 snapshot.index.insert(oid, pos);
             }
@@ -68,7 +99,7 @@ impl FileStorage {
             publish(&Committed { index, tid: placed.tid, oids: placed.oids });
             self.last_tid.store(placed.tid.0, Ordering::Release);
         }
-        Ok(())
+        Ok(true)
     }
 
     /// Steps 1 to 3. `named` collects the blob files that got their names.
@@ -100,8 +131,7 @@ impl FileStorage {
             if several {
                 earlier.extend(counted.iter().copied());
             }
-            snapshot.note(tid, start);
-            placed.push(Placed { tid, end: append.pos, oids: oids.clone(), positions: counted });
+            placed.push(Placed { tid, start, end: append.pos, oids: oids.clone(), positions: counted });
         }
         append.flush().map_err(|e| self.cannot_write(e))?;
         let began = Instant::now();
@@ -122,12 +152,22 @@ impl FileStorage {
             StorageError::Io { source, .. } => format!("{error}: {source}"),
             _ => error.to_string(),
         };
-        if let Err(e) = cut {
-            text = format!(
-                "{text}; the bytes from {end} on belong to no transaction and could not be cut off: {e}"
-            );
-        }
         tracing::error!("{}: no more writes: {text}", self.path.display());
+        match cut {
+            Ok(()) => self.forget_append(named),
+            // The next opening may find the transactions whole: then it must find their blobs, too.
+            Err(e) => {
+                text = format!(
+                    "{text}; the bytes from {end} on belong to no transaction and could not be cut off: {e}"
+                );
+            }
+        }
+        // Only the first failure is reported: after it nothing is tried.
+        let _ = self.failed.set(text);
+    }
+
+    /// What was cut off leaves no blob files; with it went the space reserved behind it.
+    fn forget_append(&self, named: &[(Oid, Tid)]) {
         self.space.forget();
         if let Some(dir) = &self.blobs {
             for &(oid, tid) in named {
@@ -136,8 +176,6 @@ impl FileStorage {
                 }
             }
         }
-        // Only the first failure is reported: after it nothing is tried.
-        let _ = self.failed.set(text);
     }
 }
 

@@ -199,6 +199,10 @@ fn has_blobs(dir: &Path) -> Result<bool> {
 
 fn usable_index(path: &Path, file: &dyn StorageFile) -> Option<(Index, u64, Tid)> {
     let (index, end) = index_file::load(path)?;
+    if end <= FIRST_TXN {
+        // Saved while there was nothing.
+        return None;
+    }
     match check_index(file, &index, end) {
         Ok(Some(tid)) => Some((index, end, tid)),
         Ok(None) => {

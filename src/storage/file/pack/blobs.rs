@@ -51,14 +51,15 @@ impl<'a> Removals<'a> {
     /// The packed file is in place: the files are to go.
     pub(super) fn confirm(&self) -> Result<()> {
         let path = self.dir.base().join(TO_DO);
-        fs::rename(self.dir.base().join(COLLECTED), &path).map_err(|e| failed("write", &path, e))
+        let renamed = self.dir.files().rename(&self.dir.base().join(COLLECTED), &path);
+        renamed.map_err(|e| failed("write", &path, e))
     }
 }
 
 impl Drop for Removals<'_> {
     fn drop(&mut self) {
         // Under another name once it is confirmed.
-        let _ = fs::remove_file(self.dir.base().join(COLLECTED));
+        let _ = self.dir.files().remove_file(&self.dir.base().join(COLLECTED));
     }
 }
 
@@ -68,7 +69,7 @@ pub(super) fn remove_listed(dir: &BlobDir, keep_old: bool) -> Result<()> {
     let [to_do, path] = [TO_DO, DOING].map(|name| dir.base().join(name));
     if to_do.exists() {
         remove_tree(&beside(dir.base(), ".old"))?;
-        fs::rename(&to_do, &path).map_err(|e| failed("rename", &to_do, e))?;
+        dir.files().rename(&to_do, &path).map_err(|e| failed("rename", &to_do, e))?;
     }
     let list = match File::open(&path) {
         Ok(list) => BufReader::new(list),
@@ -90,7 +91,7 @@ pub(super) fn remove_listed(dir: &BlobDir, keep_old: bool) -> Result<()> {
     if let Some(old) = &old {
         dir.for_each(&mut |_, _, path| old.link(path))?;
     }
-    fs::remove_file(&path).map_err(|e| failed("remove", &path, e))
+    dir.files().remove_file(&path).map_err(|e| failed("remove", &path, e))
 }
 
 fn parse(line: &str) -> Option<(Oid, Tid)> {

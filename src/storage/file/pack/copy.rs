@@ -16,7 +16,7 @@ use super::super::pace::Pace;
 use super::super::samples::Samples;
 use super::super::walk::{RecordAt, TxnAt, Walk};
 use super::super::window::Window;
-use super::mark::Marked;
+use super::mark::{Marked, later_references};
 use super::output::Output;
 use crate::ids::{Oid, Tid};
 use crate::storage::{References, Result};
@@ -157,7 +157,8 @@ impl<'a> Copier<'a> {
                 oids.clear();
                 if record.header.plen > 0 {
                     if let Some(missing) = missing {
-                        missing.references.references(walk.payload(&record)?, &mut oids)?;
+                        let data = walk.payload(&record)?;
+                        later_references(missing.references, self.name, &record, data, &mut oids)?;
                     }
                     self.write_header(&record, prev, start, record.header.plen)?;
                     walk.payload_pieces(&record, &mut |piece| self.out.write(piece))?;
@@ -168,7 +169,7 @@ impl<'a> Copier<'a> {
                     // Undone to a revision that was dropped: the data takes the place of the back-pointer.
                     let data = self.window.data(record.back, false)?.map(|(_, data)| data.to_vec());
                     if let (Some(missing), Some(data)) = (missing, &data) {
-                        missing.references.references(data, &mut oids)?;
+                        later_references(missing.references, self.name, &record, data, &mut oids)?;
                     }
                     self.write_data(&record, prev, start, data.as_deref())?;
                 }

@@ -17,7 +17,7 @@ use super::super::format::{DATA_HEADER_LEN, FIRST_TXN, status};
 use super::super::index::Index;
 use super::super::pace::Pace;
 use super::super::record_set::RecordSet;
-use super::super::walk::Walk;
+use super::super::walk::{RecordAt, Walk};
 use super::super::window::Window;
 use crate::ids::{Oid, Tid};
 use crate::storage::{References, Result, StorageError};
@@ -230,7 +230,8 @@ impl Marker<'_> {
                     }
                 } else if record.header.plen > 0 {
                     oids.clear();
-                    self.references.references(walk.payload(&record)?, &mut oids)?;
+                    let data = walk.payload(&record)?;
+                    later_references(self.references, self.name, &record, data, &mut oids)?;
                     let later = oids.iter().filter_map(|&oid| self.at.current.get(oid));
                     roots.extend(later.filter(|&pos| self.kept.insert(pos)));
                 }
@@ -240,6 +241,27 @@ impl Marker<'_> {
         let mut targets: Vec<u64> = targets.into_iter().collect();
         targets.sort_unstable();
         Ok((roots, targets))
+    }
+}
+
+/// References of a record written after the pack time. ZODB does not look at them at all, so one that cannot be read is
+/// no reason not to pack: what only it refers to is as lost as there.
+pub(super) fn later_references(
+    references: &dyn References,
+    name: &str,
+    record: &RecordAt,
+    data: &[u8],
+    oids: &mut Vec<Oid>,
+) -> Result<()> {
+    match references.references(data, oids) {
+        Err(StorageError::Invalid(what)) => {
+            let (oid, pos) = (record.header.oid, record.pos);
+            tracing::warn!(
+                "{name}: the record of {oid} at {pos} cannot be read ({what}); its references do not count"
+            );
+            Ok(())
+        }
+        result => result,
     }
 }
 

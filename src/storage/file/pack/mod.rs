@@ -9,11 +9,14 @@
 //! | switch | `switch` | with the whole storage held: the rest, sync, rename, new index |
 //! | blobs | `blobs` | removes the files of dropped revisions |
 //!
+//! A packer of the application's own does the first three: `foreign`.
+//!
 //! Until the rename every failure, cancellation or crash leaves the storage as it was. Memory: the index of the packed
 //! file (8 bytes an object), while marking also the one as of the pack time, and 1/344 of the file's size.
 
 mod blobs;
 mod copy;
+mod foreign;
 mod mark;
 mod output;
 mod switch;
@@ -22,7 +25,7 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
-use std::sync::{Arc, TryLockError};
+use std::sync::{Arc, MutexGuard, TryLockError};
 
 use self::blobs::{Removals, remove_listed};
 use self::copy::{Copier, Missing};
@@ -73,15 +76,7 @@ impl FileStorage {
         if stop == Tid::ZERO {
             return Err(StorageError::Invalid("Invalid pack time".into()));
         }
-        let _packing = match self.packing.try_lock() {
-            Ok(guard) => guard,
-            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
-            Err(TryLockError::WouldBlock) => return Err(StorageError::Invalid("Already packing".into())),
-        };
-        let keep_old = self.options.pack_keep_old;
-        if let Some(dir) = &self.blobs {
-            remove_listed(dir, keep_old)?;
-        }
+        let _packing = self.start_packing()?;
         let snapshot = self.snapshot();
         let name = snapshot.name().clone();
         let gc = options.gc.unwrap_or(self.options.pack_gc);
@@ -108,17 +103,38 @@ impl FileStorage {
                 Outcome::Done => break,
             }
         }
-        // The pack is done; what is left to do can be done later.
+        self.tidy_up();
+        Ok(())
+    }
+
+    /// One pack at a time. Works off what one that was killed has left.
+    fn start_packing(&self) -> Result<MutexGuard<'_, ()>> {
+        let packing = match self.packing.try_lock() {
+            Ok(guard) => guard,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => return Err(StorageError::Invalid("Already packing".into())),
+        };
+        if let Some(dir) = &self.blobs {
+            remove_listed(dir, self.options.pack_keep_old)?;
+        }
+        Ok(packing)
+    }
+
+    /// The packed file is in place; what is left to do can be done later.
+    fn tidy_up(&self) {
+        let keep_old = self.options.pack_keep_old;
         if let Err(e) = self.save_index() {
             tracing::warn!("{e}; the next start scans the file");
         }
-        if let Some(dir) = &self.blobs {
-            pace.set_silent(true);
-            if let Err(e) = remove_listed(dir, keep_old) {
-                tracing::warn!("{e}; the next pack removes what is left");
-            }
+        if !keep_old {
+            // Of an earlier pack: no longer the file before the last one.
+            let _ = std::fs::remove_file(Files::of(&self.path).old);
         }
-        Ok(())
+        if let Some(dir) = &self.blobs
+            && let Err(e) = remove_listed(dir, keep_old)
+        {
+            tracing::warn!("{e}; the next pack removes what is left");
+        }
     }
 
     fn attempt(&self, job: &Job<'_>, pace: &mut Pace<'_>) -> Result<Outcome> {

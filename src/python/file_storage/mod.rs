@@ -1,105 +1,39 @@
 //! `_zeo.FileStorageBase`: the FileStorage engine as the native half of `zeo_rs.FileStorage`.
 //!
 //! One commit at a time, as ZODB's FileStorage: `zeo_rs/filestorage.py` takes the commit lock in `tpc_begin` and gives it
-//! back after `_finish` or `_abort`; the transaction's state in between is here.
+//! back after `_finish` or `_abort`; the transaction's state in between is in [`opened`]. [`publishing`] keeps readers from
+//! seeing half of a commit.
 //!
-//! A long list of short methods: one for each of ZODB's that is not Python.
-//!
-//! # Nobody sees a transaction before its callback has run
-//! The engine publishes a transaction to its readers before `finish` returns; the callback that ZODB's databases pass to
-//! `tpc_finish` runs after. A read that meets a revision of that transaction waits until the callback has returned (one
-//! made by the callback itself gets the revision before). That costs every other read one atomic load.
+//! A long list of short methods: one for each of ZODB's that is not Python. pyo3 wants them in one place.
 //!
 //! # Cost
 //! A load that the page cache can answer keeps the GIL: it takes less time than giving it up and getting it back. One
 //! that must wait for the disk gives it up.
 
+mod opened;
+mod publishing;
+
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
-use std::thread::{self, ThreadId};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use bytes::Bytes;
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyList, PyTuple};
 
+use self::opened::{Current, Opened, Phase};
+use self::publishing::Publishing;
 use super::convert::{
     OrRaise, data_arg, metadata_arg, oid_arg, oid_bytes, optional_tid_arg, serial_arg, tid_arg, tid_bytes,
 };
 use super::{errors, logging, records};
-use crate::ids::{Oid, Tid};
-use crate::storage::file::{FileStorage, FileStorageOptions, Pending};
-use crate::storage::{
-    Conflict, ConflictResolver, HistoryEntry, Loaded, Op, Resolution, Storage, StorageError, TxnMeta,
-    UndoEntry, VotedTxn,
-};
-
-/// The transaction that holds the commit lock.
-struct Current {
-    /// Compared by identity.
-    transaction: Py<PyAny>,
-    tid: Tid,
-    phase: Phase,
-}
-
-enum Phase {
-    Begun(Pending),
-    Voted(VotedTxn),
-    /// One of its calls is running, in this or another thread.
-    Busy,
-}
+use crate::ids::Tid;
+use crate::storage::file::{FileStorage, FileStorageOptions};
+use crate::storage::{HistoryEntry, Op, Storage, TxnMeta, UndoEntry};
 
 /// Empty until `_open`: so that a Python subclass may have a constructor of its own.
 #[pyclass(subclass, frozen, weakref, module = "zeo_rs._zeo")]
 pub(crate) struct FileStorageBase(OnceLock<Opened>);
-
-struct Opened {
-    engine: Arc<FileStorage>,
-    /// What `lastTransaction()` answers: the newest tid whose callback has returned.
-    published: AtomicU64,
-    publishing: Publishing,
-    /// Newest tid given to a transaction, committed or not.
-    generated: Mutex<Tid>,
-    current: Mutex<Option<Current>>,
-}
-
-/// From before the engine publishes a transaction until its callback has returned.
-#[derive(Default)]
-struct Publishing {
-    active: AtomicBool,
-    by: Mutex<Option<ThreadId>>,
-    done: Condvar,
-}
-
-impl Publishing {
-    fn is_active(&self) -> bool {
-        self.active.load(Ordering::Acquire)
-    }
-
-    fn begin(&self) {
-        *locked(&self.by) = Some(thread::current().id());
-        self.active.store(true, Ordering::SeqCst);
-    }
-
-    fn end(&self) {
-        *locked(&self.by) = None;
-        self.active.store(false, Ordering::SeqCst);
-        self.done.notify_all();
-    }
-
-    /// Waits for the end. False at once in the thread that publishes.
-    fn wait(&self) -> bool {
-        let mut by = locked(&self.by);
-        while let Some(thread) = *by {
-            if thread == thread::current().id() {
-                return false;
-            }
-            by = self.done.wait(by).unwrap_or_else(PoisonError::into_inner);
-        }
-        true
-    }
-}
 
 /// The lock may be taken with the GIL held: nothing waits for the GIL while holding it.
 pub(super) fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -122,86 +56,6 @@ impl FileStorageBase {
 
     fn opened(&self) -> PyResult<&Opened> {
         self.0.get().ok_or_else(|| PyValueError::new_err("the storage is not open: its __init__ has not run"))
-    }
-}
-
-impl Opened {
-    fn published(&self) -> Tid {
-        Tid(self.published.load(Ordering::Acquire))
-    }
-
-    fn load_published(&self, py: Python<'_>, oid: Oid, before: Tid) -> Result<Option<Loaded>, StorageError> {
-        let load = |before| match self.engine.try_load_before(oid, before) {
-            Err(StorageError::WouldBlock) => py.detach(|| self.engine.load_before(oid, before)),
-            answer => answer,
-        };
-        let answer = load(before);
-        match &answer {
-            Ok(Some(loaded)) if self.publishing.is_active() && loaded.tid > self.published() => {}
-            _ => return answer,
-        }
-        if py.detach(|| self.publishing.wait()) {
-            return load(before);
-        }
-        let published = self.published();
-        let answer = load(before.min(published.next()))?;
-        Ok(answer.map(|loaded| Loaded { end_tid: loaded.end_tid.filter(|end| *end <= published), ..loaded }))
-    }
-
-    /// Runs one call of the current transaction with its state taken out, so that Python code called from it (conflict
-    /// resolution) never meets a lock.
-    fn with_pending<T>(
-        &self,
-        transaction: &Bound<'_, PyAny>,
-        body: impl FnOnce(Pending, Tid) -> (Phase, PyResult<T>),
-    ) -> PyResult<T> {
-        let (pending, tid) = {
-            let mut guard = locked(&self.current);
-            let current = Self::check(guard.as_mut(), transaction)?;
-            match std::mem::replace(&mut current.phase, Phase::Busy) {
-                Phase::Begun(pending) => (pending, current.tid),
-                other => {
-                    current.phase = other;
-                    return Err(errors::transaction_error("the transaction has been voted already"));
-                }
-            }
-        };
-        let (phase, answer) = body(pending, tid);
-        if let Some(current) = locked(&self.current).as_mut() {
-            current.phase = phase;
-        }
-        answer
-    }
-
-    fn check<'a>(
-        current: Option<&'a mut Current>,
-        transaction: &Bound<'_, PyAny>,
-    ) -> PyResult<&'a mut Current> {
-        current
-            .filter(|current| current.transaction.is(transaction))
-            .ok_or_else(|| errors::transaction_error("not the transaction that was begun"))
-    }
-
-    /// Applies one operation; conflicts go to the Python object's `tryToResolveConflict`.
-    fn apply(
-        &self,
-        slf: &Bound<'_, FileStorageBase>,
-        transaction: &Bound<'_, PyAny>,
-        op: Op,
-    ) -> PyResult<(Vec<Oid>, Tid)> {
-        let py = slf.py();
-        self.with_pending(transaction, |mut pending, tid| {
-            let resolver = Resolver { storage: slf.clone().into_any().unbind(), raised: Mutex::new(None) };
-            let applied = self.engine.apply(&mut pending, op, &resolver);
-            let raised = locked(&resolver.raised).take();
-            let answer = match (applied, raised) {
-                (Ok(applied), _) => Ok((applied.undone, tid)),
-                (Err(StorageError::Conflict(_)), Some(error)) => Err(error),
-                (Err(_), Some(error)) if !errors::is_conflict(py, &error) => Err(error),
-                (Err(error), _) => Err(errors::storage_error(py, &error)),
-            };
-            (Phase::Begun(pending), answer)
-        })
     }
 }
 
@@ -234,7 +88,6 @@ impl FileStorageBase {
         let last = engine.last_tid();
         let opened = Opened {
             engine: Arc::new(engine),
-            published: AtomicU64::new(last.0),
             publishing: Publishing::default(),
             generated: Mutex::new(last),
             current: Mutex::new(None),
@@ -286,7 +139,8 @@ impl FileStorageBase {
     ) -> PyResult<Bound<'py, PyBytes>> {
         let this = self.opened()?;
         let (oid, serial) = (oid_arg(oid)?, serial_arg(serial)?);
-        let data = py.detach(|| this.engine.load_serial(oid, serial)).or_raise(py)?;
+        let load = || py.detach(|| this.engine.load_serial(oid, serial));
+        let data = this.as_published(py, serial.next(), load).or_raise(py)?;
         Ok(PyBytes::new(py, &data))
     }
 
@@ -294,17 +148,13 @@ impl FileStorageBase {
     fn current_tid<'py>(&self, py: Python<'py>, oid: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyBytes>> {
         let this = self.opened()?;
         let oid = oid_arg(oid)?;
-        let tid = this.engine.current_tid(oid).or_raise(py)?;
-        if this.publishing.is_active() && tid > this.published() && !py.detach(|| this.publishing.wait()) {
-            let loaded = this.load_published(py, oid, Tid::MAX).or_raise(py)?;
-            return loaded.map(|loaded| tid_bytes(py, loaded.tid)).ok_or_else(|| errors::key_error(py, oid));
-        }
+        let tid = this.as_published(py, Tid::MAX, || this.engine.current_tid(oid)).or_raise(py)?;
         Ok(tid_bytes(py, tid))
     }
 
     #[pyo3(name = "lastTransaction")]
     fn last_transaction<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyBytes>> {
-        Ok(tid_bytes(py, self.opened()?.published()))
+        Ok(tid_bytes(py, self.opened()?.engine.last_tid()))
     }
 
     fn __len__(&self) -> PyResult<usize> {
@@ -329,6 +179,7 @@ impl FileStorageBase {
         next: Option<&Bound<'py, PyAny>>,
     ) -> PyResult<Bound<'py, PyTuple>> {
         let this = self.opened()?;
+        this.settle(py);
         let next = next.map(oid_arg).transpose()?;
         match py.detach(|| this.engine.record_iternext(next)).or_raise(py)? {
             Some(found) => (
@@ -346,6 +197,7 @@ impl FileStorageBase {
     #[pyo3(name = "lastInvalidations")]
     fn last_invalidations<'py>(&self, py: Python<'py>, count: usize) -> PyResult<Bound<'py, PyList>> {
         let this = self.opened()?;
+        this.settle(py);
         let found = py.detach(|| this.engine.last_invalidations(count)).or_raise(py)?;
         let found = found.into_iter().map(|(tid, oids)| {
             (tid_bytes(py, tid), oids.into_iter().map(|oid| oid_bytes(py, oid)).collect::<Vec<_>>())
@@ -376,6 +228,7 @@ impl FileStorageBase {
     ) -> PyResult<Vec<Bound<'py, PyTuple>>> {
         let this = self.opened()?;
         let oid = oid_arg(oid)?;
+        this.settle(py);
         let entries = py.detach(|| this.engine.history(oid, size)).or_raise(py)?;
         entries.iter().map(|HistoryEntry { tid, size, meta }| described(py, *tid, *size, meta)).collect()
     }
@@ -390,6 +243,7 @@ impl FileStorageBase {
         accept: Option<Py<PyAny>>,
     ) -> PyResult<Vec<Bound<'py, PyTuple>>> {
         let this = self.opened()?;
+        this.settle(py);
         let mut raised = None;
         let entries = py.detach(|| {
             this.engine.undo_log(first, last, &mut |UndoEntry { tid, size, meta }| {
@@ -591,7 +445,8 @@ impl FileStorageBase {
         })
     }
 
-    /// Commits, then calls `callback(tid)`, then lets others see it.
+    /// Makes the transaction durable, calls `callback(tid)`, then lets others see it. If the callback raises, the
+    /// transaction is taken back and the exception goes on.
     #[pyo3(signature = (transaction, callback=None))]
     fn _finish<'py>(
         &self,
@@ -610,18 +465,25 @@ impl FileStorageBase {
         let Some(Current { phase: Phase::Voted(voted), .. }) = current else {
             return Err(errors::transaction_error("tpc_finish without a successful tpc_vote"));
         };
-        this.publishing.begin();
-        let mut committed = Tid::ZERO;
-        let done =
-            py.detach(|| this.engine.finish(vec![voted], &mut |done| committed = done.tid)).or_raise(py);
-        let answer = done.and_then(|()| match callback {
-            Some(callback) => callback.call1((tid_bytes(py, committed),)).map(drop),
-            None => Ok(()),
+        let callback = callback.map(|callback| callback.clone().unbind());
+        let mut raised = None;
+        let finished = py.detach(|| {
+            let finished = this.engine.finish_if(voted, &mut |tid| {
+                this.publishing.begin(tid);
+                let Some(callback) = &callback else { return true };
+                let called = Python::attach(|py| callback.bind(py).call1((tid_bytes(py, tid),)).map(drop));
+                called.map_err(|error| raised = Some(error)).is_ok()
+            });
+            this.publishing.end();
+            finished
         });
-        this.published.fetch_max(committed.0, Ordering::AcqRel);
-        this.publishing.end();
-        answer?;
-        Ok(tid_bytes(py, committed))
+        match (finished, raised) {
+            (Ok(Some(tid)), _) => Ok(tid_bytes(py, tid)),
+            (Ok(None), Some(error)) => Err(error),
+            (Ok(None), None) => Err(errors::transaction_error("the transaction was taken back")),
+            // it could not be taken back
+            (Err(error), _) => Err(errors::storage_error(py, &error)),
+        }
     }
 
     /// Gives the transaction up; false if another one is current.
@@ -694,15 +556,6 @@ impl FileStorageBase {
     }
 }
 
-impl Opened {
-    fn writable(&self, py: Python<'_>) -> PyResult<()> {
-        if self.engine.is_read_only() {
-            return Err(errors::storage_error(py, &StorageError::ReadOnly));
-        }
-        Ok(())
-    }
-}
-
 /// Versions were given up long ago; only an empty one may be named.
 fn no_version(version: Option<&Bound<'_, PyAny>>) -> PyResult<()> {
     match version {
@@ -715,41 +568,6 @@ fn described<'py>(py: Python<'py>, tid: Tid, size: u64, meta: &TxnMeta) -> PyRes
     let bytes = |bytes: &Bytes| PyBytes::new(py, bytes);
     (tid_bytes(py, tid), size, bytes(&meta.user), bytes(&meta.description), bytes(&meta.extension))
         .into_pyobject(py)
-}
-
-/// Conflict resolution by the Python object's `tryToResolveConflict`, which others may have replaced.
-struct Resolver {
-    storage: Py<PyAny>,
-    /// What it raised, to be raised again unchanged.
-    raised: Mutex<Option<PyErr>>,
-}
-
-impl ConflictResolver for Resolver {
-    fn resolve(&self, _: &dyn Storage, conflict: &Conflict, committed_data: Option<Bytes>) -> Resolution {
-        Python::attach(|py| {
-            let answer = self
-                .storage
-                .bind(py)
-                .call_method1(
-                    "tryToResolveConflict",
-                    (
-                        oid_bytes(py, conflict.oid),
-                        tid_bytes(py, conflict.committed),
-                        tid_bytes(py, conflict.read),
-                        PyBytes::new(py, &conflict.data),
-                        PyBytes::new(py, &committed_data.unwrap_or_default()),
-                    ),
-                )
-                .and_then(|data| data_arg(&data));
-            match answer {
-                Ok(data) => Resolution::Resolved(data),
-                Err(error) => {
-                    *locked(&self.raised) = Some(error);
-                    Resolution::Unresolved
-                }
-            }
-        })
-    }
 }
 
 pub(crate) fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {

@@ -1,0 +1,172 @@
+//! An open storage and the transaction that is being committed.
+
+use std::sync::{Arc, Mutex};
+
+use bytes::Bytes;
+use pyo3::prelude::*;
+use pyo3::types::PyBytes;
+
+use super::super::convert::{data_arg, oid_bytes, tid_bytes};
+use super::super::errors;
+use super::publishing::{Publishing, Seen};
+use super::{FileStorageBase, locked};
+use crate::ids::{Oid, Tid};
+use crate::storage::file::{FileStorage, Pending};
+use crate::storage::{Conflict, ConflictResolver, Loaded, Op, Resolution, Storage, StorageError, VotedTxn};
+
+/// The transaction that holds the commit lock.
+pub(super) struct Current {
+    /// Compared by identity.
+    pub(super) transaction: Py<PyAny>,
+    pub(super) tid: Tid,
+    pub(super) phase: Phase,
+}
+
+pub(super) enum Phase {
+    Begun(Pending),
+    Voted(VotedTxn),
+    /// One of its calls is running, in this or another thread.
+    Busy,
+}
+
+pub(super) struct Opened {
+    pub(super) engine: Arc<FileStorage>,
+    pub(super) publishing: Publishing,
+    /// Newest tid given to a transaction, committed or not.
+    pub(super) generated: Mutex<Tid>,
+    pub(super) current: Mutex<Option<Current>>,
+}
+
+impl Opened {
+    /// The newest revision before `before`. A reader that may have learnt of a transaction from its callback waits until
+    /// that transaction can be seen.
+    ///
+    /// Cost: two atomic loads beside the engine's.
+    pub(super) fn load_published(
+        &self,
+        py: Python<'_>,
+        oid: Oid,
+        before: Tid,
+    ) -> Result<Option<Loaded>, StorageError> {
+        self.as_published(py, before, || match self.engine.try_load_before(oid, before) {
+            Err(StorageError::WouldBlock) => py.detach(|| self.engine.load_before(oid, before)),
+            answer => answer,
+        })
+    }
+
+    /// What `read` answers, of a state that all with a view `before` some tid may see.
+    pub(super) fn as_published<T>(&self, py: Python<'_>, before: Tid, read: impl Fn() -> T) -> T {
+        loop {
+            let round = self.publishing.round();
+            let answer = read();
+            match self.publishing.seen(round, before) {
+                Seen::Whole => return answer,
+                Seen::Changed => {}
+                Seen::Wait => py.detach(|| self.publishing.wait(round)),
+            }
+        }
+    }
+
+    /// Before a read of the whole storage's state: waits for a transaction whose callback another thread is calling.
+    pub(super) fn settle(&self, py: Python<'_>) {
+        self.as_published(py, Tid::MAX, || {});
+    }
+
+    /// Runs one call of the current transaction with its state taken out, so that Python code called from it (conflict
+    /// resolution) never meets a lock.
+    pub(super) fn with_pending<T>(
+        &self,
+        transaction: &Bound<'_, PyAny>,
+        body: impl FnOnce(Pending, Tid) -> (Phase, PyResult<T>),
+    ) -> PyResult<T> {
+        let (pending, tid) = {
+            let mut guard = locked(&self.current);
+            let current = Self::check(guard.as_mut(), transaction)?;
+            match std::mem::replace(&mut current.phase, Phase::Busy) {
+                Phase::Begun(pending) => (pending, current.tid),
+                other => {
+                    current.phase = other;
+                    return Err(errors::transaction_error("the transaction has been voted already"));
+                }
+            }
+        };
+        let (phase, answer) = body(pending, tid);
+        if let Some(current) = locked(&self.current).as_mut() {
+            current.phase = phase;
+        }
+        answer
+    }
+
+    pub(super) fn check<'a>(
+        current: Option<&'a mut Current>,
+        transaction: &Bound<'_, PyAny>,
+    ) -> PyResult<&'a mut Current> {
+        current
+            .filter(|current| current.transaction.is(transaction))
+            .ok_or_else(|| errors::transaction_error("not the transaction that was begun"))
+    }
+
+    /// Applies one operation; conflicts go to the Python object's `tryToResolveConflict`.
+    pub(super) fn apply(
+        &self,
+        slf: &Bound<'_, FileStorageBase>,
+        transaction: &Bound<'_, PyAny>,
+        op: Op,
+    ) -> PyResult<(Vec<Oid>, Tid)> {
+        let py = slf.py();
+        self.with_pending(transaction, |mut pending, tid| {
+            let resolver = Resolver { storage: slf.clone().into_any().unbind(), raised: Mutex::new(None) };
+            let applied = self.engine.apply(&mut pending, op, &resolver);
+            let raised = locked(&resolver.raised).take();
+            let answer = match (applied, raised) {
+                (Ok(applied), _) => Ok((applied.undone, tid)),
+                (Err(StorageError::Conflict(_)), Some(error)) => Err(error),
+                (Err(_), Some(error)) if !errors::is_conflict(py, &error) => Err(error),
+                (Err(error), _) => Err(errors::storage_error(py, &error)),
+            };
+            (Phase::Begun(pending), answer)
+        })
+    }
+
+    pub(super) fn writable(&self, py: Python<'_>) -> PyResult<()> {
+        if self.engine.is_read_only() {
+            return Err(errors::storage_error(py, &StorageError::ReadOnly));
+        }
+        Ok(())
+    }
+}
+
+/// Conflict resolution by the Python object's `tryToResolveConflict`, which others may have replaced.
+struct Resolver {
+    storage: Py<PyAny>,
+    /// What it raised, to be raised again unchanged.
+    raised: Mutex<Option<PyErr>>,
+}
+
+impl ConflictResolver for Resolver {
+    fn resolve(&self, _: &dyn Storage, conflict: &Conflict, committed_data: Option<Bytes>) -> Resolution {
+        Python::attach(|py| {
+            let answer = self
+                .storage
+                .bind(py)
+                .call_method1(
+                    "tryToResolveConflict",
+                    (
+                        oid_bytes(py, conflict.oid),
+                        tid_bytes(py, conflict.committed),
+                        tid_bytes(py, conflict.read),
+                        PyBytes::new(py, &conflict.data),
+                        PyBytes::new(py, &committed_data.unwrap_or_default()),
+                    ),
+                )
+                .and_then(|data| data_arg(&data));
+            match answer {
+                Ok(data) => Resolution::Resolved(data),
+                Err(error) => {
+                    *locked(&self.raised) = Some(error);
+                    Resolution::Unresolved
+                }
+            }
+        })
+    }
+}
