@@ -4,7 +4,7 @@ from importlib import import_module
 
 from zeo_rs._zeo import __version__
 
-__all__ = ["DB", "ClientStorage", "FileStorage", "TLS", "__version__", "client", "connection", "server"]
+__all__ = ["DB", "ClientStorage", "FileStorage", "TLS", "__version__", "client", "connection", "resolve_uri", "server"]
 
 # imported when asked for: a client process has no use for the server and the storage engine
 _WHERE = {
@@ -15,6 +15,7 @@ _WHERE = {
     "client": "zeo_rs.shortcuts",
     "connection": "zeo_rs.shortcuts",
     "server": "zeo_rs.embedded",
+    "resolve_uri": "zeo_rs.uri",
 }
 
 

@@ -16,10 +16,12 @@ import ZODB.event
 import ZODB.interfaces
 import zope.interface
 from ZODB.ConflictResolution import ConflictResolvingStorage
-from ZODB.POSException import ConflictError, StorageTransactionError, Unsupported
+from ZODB.POSException import ConflictError, POSKeyError, StorageTransactionError, Unsupported
+from ZODB.utils import z64
 
 from . import _zeo
 from .blobcache import BlobCache, SharedBlobs
+from .copying import copy
 from .exceptions import ClientDisconnected
 from .interfaces import StaleCache
 from .tls import client_tls
@@ -289,8 +291,8 @@ class ClientStorage(ConflictResolvingStorage, _zeo.ClientStorageBase):
         return TransactionIterator(self, start, stop)
 
     def copyTransactionsFrom(self, other, verbose=0):
-        """Copy every transaction of ``other``, with tids and status, without blobs."""
-        ZODB.BaseStorage.copy(other, self, verbose)
+        """Copy every transaction of ``other``, with tids and status; and blobs, if both have a directory for them."""
+        copy(other, self)
 
     # ---- two-phase commit
 
@@ -345,6 +347,17 @@ class ClientStorage(ConflictResolvingStorage, _zeo.ClientStorageBase):
             raise StorageTransactionError(self.tpc_transaction(), transaction)
         path = blobs.take(oid, serial, blobfilename, id(transaction))
         self._store_blob(oid, serial, data, path, self.shared_blob_dir, transaction)
+
+    def restoreBlob(self, oid, serial, data, blobfilename, prev_txn, transaction):
+        """Store a blob as of the tid that the transaction was begun with, which must be ``serial``. Takes the file over.
+
+        The protocol has no message for that: it is an ordinary store over the current revision.
+        """
+        try:
+            current = self.getTid(oid)
+        except POSKeyError:
+            current = z64
+        self.storeBlob(oid, current, data, blobfilename, "", transaction)
 
     def loadBlob(self, oid, serial):
         """Path of the blob's committed file; it may go when the cache is full, an open file stays readable."""

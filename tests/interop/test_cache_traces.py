@@ -1,6 +1,7 @@
 """Traces of caches: recorded from a running application with either client, played against our cache and ZEO's."""
 
 import contextlib
+import functools
 import gzip
 import io
 import json
@@ -43,6 +44,7 @@ def records(trace):
         at += length
 
 
+@functools.cache
 def play_with_zeo(trace, size):
     """Hits of ZEO's real cache."""
     cache, hits = ZEO.cache.ClientCache(None, size), 0

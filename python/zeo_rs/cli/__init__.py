@@ -11,6 +11,7 @@ COMMANDS = {
     "serve": ("zeo_rs.cli.serve", "run a server"),
     "status": ("zeo_rs.cli.status", "ask a server how it is"),
     "pack": ("zeo_rs.cli.pack", "pack a Data.fs that no server has open, or a server's storage"),
+    "copy": ("zeo_rs.cli.copy", "copy every transaction, with blobs, from one storage to another"),
     "check": ("zeo_rs.cli.check", "verify a Data.fs and its blobs"),
     "cache-stats": ("zeo_rs.cli.cache_stats", "say what a client's cache file holds, or what a trace of a cache tells"),
     "cache-simul": ("zeo_rs.cli.cache_simul", "play a trace against caches of other sizes"),

@@ -2,10 +2,15 @@
 
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor, wait
 
 from zeo_rs.cli import fail
 from zeo_rs.cli.progress import Progress
 from zeo_rs.config import client_address
+
+
+#: Seconds between two looks at a server's progress.
+LOOK_EVERY = 0.5
 
 
 def arguments(parser):
@@ -34,10 +39,22 @@ def pack_server(args):
     from zeo_rs import ClientStorage
 
     storage = ClientStorage(client_address(args.target), storage=args.storage)
+    progress = Progress(args.quiet)
+    pool = ThreadPoolExecutor(1)
     try:
-        storage.pack(time.time() - args.days * 86400, wait=True)
+        packed = pool.submit(storage.pack, time.time() - args.days * 86400, wait=True)
+        while not wait([packed], LOOK_EVERY).done:
+            # ZEO's own servers do not tell
+            at = (storage.server_status() or {}).get("pack")
+            if at:
+                progress(at)
+        packed.result()
+    except KeyboardInterrupt:
+        return fail("interrupted: the server goes on packing", 130)
     finally:
-        storage.close()
+        progress.end()
+        storage.close()  # ends the waiting, if it has not ended
+        pool.shutdown()
     return 0
 
 

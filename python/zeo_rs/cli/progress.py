@@ -1,21 +1,61 @@
-"""A line that tells how far a pack or a check is, on a terminal."""
+"""Progress bars, on a terminal only."""
 
 import sys
 
+from tqdm import tqdm
+
+
+def _bar(text, total, quiet):
+    return tqdm(
+        desc=text,
+        total=total,
+        unit="B",
+        unit_scale=True,
+        # nothing in logs and pipes
+        disable=quiet or not sys.stderr.isatty(),
+        leave=False,
+        dynamic_ncols=True,
+    )
+
 
 class Progress:
+    """Of a pack or a check, which go through phases: called with `phase`, `bytes_done`, `bytes_total`, `objects_done`."""
+
     def __init__(self, quiet=False):
-        self._show = not quiet and sys.stderr.isatty()
+        self._quiet = quiet
+        self._bar = None
+        self._phase = None
 
     def __call__(self, at):
-        if not self._show:
-            return
-        done, total = at["bytes_done"], at["bytes_total"]
-        share = f"{100 * done // total:3d}%" if total else "    "
-        text = f"\r{at['phase']:<10} {share} {done / 1e6:12,.1f} MB  {at['objects_done']:>12,} objects"
-        sys.stderr.write(text)
-        sys.stderr.flush()
+        if at["phase"] != self._phase:
+            self.end()
+            self._phase = at["phase"]
+            self._bar = _bar(self._phase, at["bytes_total"] or None, self._quiet)
+        self._bar.set_postfix_str(f"{at['objects_done']:,} objects", refresh=False)
+        self._bar.update(at["bytes_done"] - self._bar.n)
 
     def end(self):
-        if self._show:
-            sys.stderr.write("\r\033[K")
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+class Bar:
+    """Of a copy: `copied` takes a `zeo_rs.copying.Progress`."""
+
+    def __init__(self, text, total, quiet=False):
+        self._bar = _bar(text, total, quiet)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc_info):
+        self._bar.close()
+
+    def copied(self, done):
+        bar = self._bar
+        if bar.total is not None:
+            # the total is the size of the records; blobs come on top
+            bar.total = max(bar.total, done.bytes)
+        bar.set_postfix_str(f"{done.transactions:,} transactions, {done.blobs:,} blobs", refresh=False)
+        bar.update(done.bytes - bar.n)
