@@ -424,17 +424,24 @@ fn a_killed_pack_leaves_no_blob_files_for_ever_and_takes_none_that_is_needed() {
     // Killed before the switch: the list is of no consequence. (Packed to a time when there was nothing.)
     fs::write(blobs.join(".removed.new"), &list).unwrap();
     f.pack(1000.0, true).unwrap();
-    assert!(tree(&blobs).contains_key(name));
-    // Killed after it, before the files were removed.
+    assert!(tree(&blobs).contains_key(name) && !blobs.join(".removed.new").exists());
+    // Whatever a list says: what the data file has stays.
     fs::write(blobs.join(".removed.todo"), &list).unwrap();
     f.pack(1000.0, true).unwrap();
-    assert!(!tree(&blobs).contains_key(name));
+    assert!(tree(&blobs).contains_key(name));
+    // Killed after it, before the file of a revision that is gone was removed.
+    let gone = name.with_file_name(format!("0x{:016x}.blob", tid + 1));
+    fs::write(blobs.join(&gone), "gone").unwrap();
+    let list = format!("{oid:016x}{:016x}\n", tid + 1);
+    fs::write(blobs.join(".removed.todo"), &list).unwrap();
+    f.pack(1000.0, true).unwrap();
+    assert!(!tree(&blobs).contains_key(&gone) && tree(&blobs).contains_key(name));
     let old = f.dir.path().join("blobs.old");
-    assert_eq!(tree(&old).get(name), all.get(name));
+    assert_eq!(tree(&old).get(&gone).unwrap(), b"gone");
     // Killed while they were removed: what has been moved away stays there.
     fs::write(blobs.join(".removed.doing"), &list).unwrap();
     f.pack(1000.0, true).unwrap();
-    assert_eq!(tree(&old).get(name), all.get(name));
+    assert_eq!(tree(&old).get(&gone).unwrap(), b"gone");
     assert!(!tree(&blobs).keys().any(|name| name.to_string_lossy().starts_with(".removed.d")));
 }
 

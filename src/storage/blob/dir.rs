@@ -7,7 +7,7 @@
 //! Cost of a blob commit: 1 fsync of the file, 1 fsync of its directory, plus 1 fsync for each directory made.
 
 use std::fs;
-use std::io;
+use std::io::{self, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -15,7 +15,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
 
 use super::layout::{Layout, MARKER, TEMP};
-use super::names::{BlobFiles, OsBlobFiles};
+use super::names::{FileNames, OsFileNames};
 use crate::ids::{Oid, Tid};
 use crate::storage::{Result, StorageError};
 
@@ -26,7 +26,7 @@ pub struct BlobDir {
     layout: Layout,
     /// Names of files made here are unique in this process by this, among processes by the pid.
     next_temp: AtomicU64,
-    files: Arc<dyn BlobFiles>,
+    files: Arc<dyn FileNames>,
     /// Held while a name appears in an object's directory and while empty directories are removed, so that neither
     /// pulls the ground from under the other. Never held during a sync.
     names: Mutex<()>,
@@ -38,12 +38,12 @@ impl BlobDir {
     ///
     /// Errors: `Invalid` for an unknown marker, `Io`.
     pub fn open(path: &Path, create: bool) -> Result<Self> {
-        Self::open_with(Arc::new(OsBlobFiles), path, create)
+        Self::open_with(Arc::new(OsFileNames), path, create)
     }
 
     /// As [`Self::open`], with operations that a test looks at, or fails.
     #[doc(hidden)]
-    pub fn open_with(files: Arc<dyn BlobFiles>, path: &Path, create: bool) -> Result<Self> {
+    pub fn open_with(files: Arc<dyn FileNames>, path: &Path, create: bool) -> Result<Self> {
         let layout = match read_marker(path)? {
             Some(layout) => layout,
             None if is_used(path)? => Layout::Lawn,
@@ -54,10 +54,10 @@ impl BlobDir {
 
     /// Opens the directory with a given layout. Errors: `Invalid` if its marker names another one, `Io`.
     pub fn open_as(path: &Path, layout: Layout, create: bool) -> Result<Self> {
-        Self::make(Arc::new(OsBlobFiles), path, layout, create)
+        Self::make(Arc::new(OsFileNames), path, layout, create)
     }
 
-    fn make(files: Arc<dyn BlobFiles>, path: &Path, layout: Layout, create: bool) -> Result<Self> {
+    fn make(files: Arc<dyn FileNames>, path: &Path, layout: Layout, create: bool) -> Result<Self> {
         let base = std::path::absolute(path).map_err(|e| failed("find", path, e))?;
         match read_marker(&base)? {
             Some(found) if found != layout => {
@@ -67,13 +67,11 @@ impl BlobDir {
             }
             Some(_) if !create => {}
             found if create => {
-                make_dirs(&*files, &base.join(TEMP))?;
+                make_dirs(&*files, &base)?;
                 if found.is_none() {
-                    let marker = base.join(MARKER);
-                    fs::write(&marker, layout.name()).map_err(|e| failed("write", &marker, e))?;
-                    sync(&*files, &marker)?;
-                    sync(&*files, &base)?;
+                    write_marker(&*files, &base, layout)?;
                 }
+                make_dirs(&*files, &base.join(TEMP))?;
             }
             _ => {}
         }
@@ -84,7 +82,7 @@ impl BlobDir {
         &self.base
     }
 
-    pub(crate) fn files(&self) -> &dyn BlobFiles {
+    pub(crate) fn files(&self) -> &dyn FileNames {
         &*self.files
     }
 
@@ -308,6 +306,17 @@ fn read_marker(base: &Path) -> Result<Option<Layout>> {
     }
 }
 
+/// Before anything else is in the directory, and whole at once: without the marker it would be taken for one of the old
+/// layout, with half of it for one of an unknown layout.
+fn write_marker(files: &dyn FileNames, base: &Path, layout: Layout) -> Result<()> {
+    let [temp, marker] = [".new", ""].map(|suffix| base.join(format!("{MARKER}{suffix}")));
+    let made = files.create(&temp).and_then(|mut file| file.write_all(layout.name().as_bytes()));
+    made.map_err(|e| failed("write", &temp, e))?;
+    sync(files, &temp)?;
+    files.rename(&temp, &marker).map_err(|e| failed("write", &marker, e))?;
+    sync(files, base)
+}
+
 /// Whether a directory without marker already has content (hidden files do not count).
 fn is_used(base: &Path) -> Result<bool> {
     let mut used = false;
@@ -334,7 +343,7 @@ fn for_each_entry(dir: &Path, visit: &mut dyn FnMut(&fs::DirEntry, bool) -> Resu
 }
 
 /// `mkdir -p`, durably: each directory made is synced into its parent. A concurrent maker is fine.
-fn make_dirs(files: &dyn BlobFiles, dir: &Path) -> Result<()> {
+fn make_dirs(files: &dyn FileNames, dir: &Path) -> Result<()> {
     let mut missing = Vec::new();
     let mut at = Some(dir);
     while let Some(path) = at.filter(|path| !path.as_os_str().is_empty() && !path.exists()) {
@@ -365,7 +374,7 @@ fn make_read_only(file: &Path, dir: &Path) -> Result<()> {
 }
 
 /// A file's content, or the names in a directory.
-fn sync(files: &dyn BlobFiles, path: &Path) -> Result<()> {
+fn sync(files: &dyn FileNames, path: &Path) -> Result<()> {
     files.sync(path).map_err(|e| failed("sync", path, e))
 }
 

@@ -9,4 +9,4 @@ pub mod names;
 
 pub use dir::BlobDir;
 pub use layout::Layout;
-pub use names::{BlobFiles, OsBlobFiles};
+pub use names::{FileNames, OsFileNames};

@@ -1,5 +1,5 @@
-//! [`BlobFiles`]: everything that is done to blob files and their directories goes through this trait, so that a test can
-//! crash it (as [`crate::storage::file::file::StorageFile`] for the data file).
+//! [`FileNames`]: everything that is done to blob files and their directories, and to the names of the data file in a pack,
+//! goes through this trait, so that a test can crash it (as `StorageFile` for the data file's content).
 
 use std::fmt::Debug;
 use std::fs::{self, File};
@@ -8,7 +8,12 @@ use std::path::Path;
 
 /// Operations on names. Each is durable once the directory that the new name is in (or the removed one was in) has been
 /// synced, contents once the file has been.
-pub trait BlobFiles: Send + Sync + Debug {
+pub trait FileNames: Send + Sync + Debug {
+    /// An empty file, to be written.
+    fn create(&self, path: &Path) -> io::Result<File> {
+        File::create(path)
+    }
+
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
         fs::rename(from, to)
     }
@@ -42,6 +47,6 @@ pub trait BlobFiles: Send + Sync + Debug {
 
 /// Those of the operating system.
 #[derive(Debug, Default)]
-pub struct OsBlobFiles;
+pub struct OsFileNames;
 
-impl BlobFiles for OsBlobFiles {}
+impl FileNames for OsFileNames {}

@@ -44,11 +44,15 @@ pub(super) fn save(
     let end = snapshot.end();
     let temp = beside(path, ".index.index_tmp");
     let failed = |e| StorageError::io(format!("cannot save the index of {}", path.display()), e);
-    let file = File::create(&temp).map_err(failed)?;
-    let mut out = BufWriter::with_capacity(1 << 20, file);
-    write(&mut out, snapshot, end)?.map_err(failed)?;
-    let file = out.into_inner().map_err(|e| failed(e.into_error()))?;
-    file.sync_data().map_err(failed)?;
+    let make = || {
+        let file = File::create(&temp).map_err(failed)?;
+        let mut out = BufWriter::with_capacity(1 << 20, file);
+        write(&mut out, snapshot, end)?.map_err(failed)?;
+        let file = out.into_inner().map_err(|e| failed(e.into_error()))?;
+        file.sync_data().map_err(failed)
+    };
+    // On a full disk half an index would take the room that is left.
+    make().inspect_err(|_| drop(std::fs::remove_file(&temp)))?;
     let _names = names.lock().unwrap_or_else(PoisonError::into_inner);
     if !is_current() {
         std::fs::remove_file(&temp).map_err(failed)?;

@@ -57,7 +57,7 @@ use self::samples::Samples;
 pub use self::snapshot::Snapshot;
 use self::space::Space;
 use crate::ids::{Oid, Tid};
-use crate::storage::blob::BlobDir;
+use crate::storage::blob::{BlobDir, FileNames};
 use crate::storage::{Result, StorageError};
 
 /// How to open a [`FileStorage`]; ZODB's constructor arguments.
@@ -121,6 +121,8 @@ pub struct FileStorage {
     space: Space,
     oids: Mutex<OidSupply>,
     blobs: Option<Arc<BlobDir>>,
+    /// What renames and removes files.
+    operations: Arc<dyn FileNames>,
     lock: Mutex<Option<LockFile>>,
     /// What the saved index covers: the file, up to where. Held while one is saved.
     saved_index: Mutex<Option<(Weak<Snapshot>, u64)>>,

@@ -20,7 +20,7 @@ use super::snapshot::Snapshot;
 use super::space::Space;
 use super::{FileStorage, FileStorageOptions, index_file};
 use crate::ids::Tid;
-use crate::storage::blob::BlobDir;
+use crate::storage::blob::{BlobDir, FileNames, OsFileNames};
 use crate::storage::{Result, StorageError};
 
 /// An opening that read more than this without an index saves one.
@@ -44,7 +44,7 @@ impl FileStorage {
         }
         if options.read_only {
             let file = OsFile(File::open(path).map_err(|e| failed("open", e))?);
-            return Self::open_file(Arc::new(file), given, options, None);
+            return Self::open_file(Arc::new(file), Arc::new(OsFileNames), given, options, None);
         }
         let lock = LockFile::acquire(path)?;
         let existing = match OpenOptions::new().read(true).write(true).open(path) {
@@ -65,12 +65,13 @@ impl FileStorage {
                 file
             }
         };
-        Self::open_file(Arc::new(file), given, options, Some(lock))
+        Self::open_file(Arc::new(file), Arc::new(OsFileNames), given, options, Some(lock))
     }
 
     /// Opens a storage on a file that is open already: what [`Self::open`] does after taking the locks.
     fn open_file(
         file: Arc<dyn StorageFile>,
+        operations: Arc<dyn FileNames>,
         given: &Path,
         options: FileStorageOptions,
         lock: Option<LockFile>,
@@ -106,7 +107,7 @@ impl FileStorage {
         }
         warn_of_the_future(&name, last_tid);
         let blobs = match &options.blob_dir {
-            Some(dir) => Some(Arc::new(BlobDir::open(dir, writes)?)),
+            Some(dir) => Some(Arc::new(BlobDir::open_with(operations.clone(), dir, writes)?)),
             None => None,
         };
         let oids = OidSupply::open(&path, index.max_oid());
@@ -126,6 +127,7 @@ impl FileStorage {
             space: Space::default(),
             oids: Mutex::new(oids),
             blobs,
+            operations,
             lock: Mutex::new(lock),
             saved_index: Mutex::new(saved_index),
             used_index,
@@ -149,7 +151,18 @@ impl FileStorage {
         path: impl AsRef<Path>,
         options: FileStorageOptions,
     ) -> Result<Self> {
-        Self::open_file(file, path.as_ref(), options, None)
+        Self::open_with_names(file, Arc::new(OsFileNames), path, options)
+    }
+
+    /// As [`Self::open_with`], with operations on names that a test looks at.
+    #[doc(hidden)]
+    pub fn open_with_names(
+        file: Arc<dyn StorageFile>,
+        operations: Arc<dyn FileNames>,
+        path: impl AsRef<Path>,
+        options: FileStorageOptions,
+    ) -> Result<Self> {
+        Self::open_file(file, operations, path.as_ref(), options, None)
     }
 }
 

@@ -2,18 +2,20 @@
 //!
 //! While copying, their names are collected in BLOBDIR/.removed.new; once the packed file is in place that becomes
 //! BLOBDIR/.removed.todo; .removed.doing, once the previous BLOBDIR.old is gone; and then the files are removed (or
-//! moved to BLOBDIR.old). A pack that is killed before the
-//! switch leaves only a list that nobody reads; one that is killed after it leaves a list that the next pack works
-//! off. ZODB's own list, BLOBDIR/.removed, says nothing about whether the pack was finished, so it is not used.
+//! moved to BLOBDIR.old). A pack that is killed leaves a list that the next one works off if the packed file came into
+//! place, which is known by its inode, and forgets otherwise. ZODB's own list, BLOBDIR/.removed, says nothing about that,
+//! so it is not used.
 //!
 //! Every dropped revision is listed by itself. Nothing else in an object's directory is touched, so a commit of a new
-//! revision meanwhile is safe.
+//! revision meanwhile is safe. A revision that the data file still has is never removed, whatever a list says.
 
 use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, BufWriter, Write};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use super::super::index_file::beside;
+use super::super::snapshot::Snapshot;
 use crate::ids::{Oid, Tid};
 use crate::storage::blob::BlobDir;
 use crate::storage::blob::layout::MARKER;
@@ -30,11 +32,16 @@ pub(super) struct Removals<'a> {
 }
 
 impl<'a> Removals<'a> {
-    /// Starts an empty list.
-    pub(super) fn new(dir: &'a BlobDir) -> Result<Self> {
+    /// Starts an empty list of the packed file `packed`.
+    pub(super) fn new(dir: &'a BlobDir, packed: &Path) -> Result<Self> {
         let path = dir.base().join(COLLECTED);
-        let list = File::create(&path).map_err(|e| failed("write", &path, e))?;
-        Ok(Self { dir, list: BufWriter::new(list) })
+        let start = || {
+            let mut list = BufWriter::new(dir.files().create(&path)?);
+            writeln!(list, "{}", identity(packed)?)?;
+            Ok(list)
+        };
+        let list = start().map_err(|e| failed("write", &path, e))?;
+        Ok(Self { dir, list })
     }
 
     pub(super) fn add(&mut self, oid: Oid, tid: Tid) -> Result<()> {
@@ -42,10 +49,12 @@ impl<'a> Removals<'a> {
         written.map_err(|e| failed("write", &self.dir.base().join(COLLECTED), e))
     }
 
-    /// The list is complete.
+    /// The list is complete, and durable before the packed file gets its place.
     pub(super) fn finish(&mut self) -> Result<()> {
-        let written = self.list.flush().and_then(|()| self.list.get_ref().sync_data());
-        written.map_err(|e| failed("write", &self.dir.base().join(COLLECTED), e))
+        let (path, files) = (self.dir.base().join(COLLECTED), self.dir.files());
+        let written =
+            self.list.flush().and_then(|()| files.sync(&path)).and_then(|()| files.sync(self.dir.base()));
+        written.map_err(|e| failed("write", &path, e))
     }
 
     /// The packed file is in place: the files are to go.
@@ -63,10 +72,36 @@ impl Drop for Removals<'_> {
     }
 }
 
+/// First line of a list: which file it belongs to.
+fn identity(packed: &Path) -> io::Result<String> {
+    let meta = packed.metadata()?;
+    Ok(format!("dropped by the pack that made file {} of device {}", meta.ino(), meta.dev()))
+}
+
+/// A list that was collected for the data file as it is now: the pack was killed between the switch and
+/// [`Removals::confirm`]. Any other is of no use.
+fn adopt_collected(dir: &BlobDir, data: &Path) -> Result<()> {
+    let path = dir.base().join(COLLECTED);
+    let mut first = String::new();
+    let read = File::open(&path).and_then(|list| BufReader::new(list).read_line(&mut first));
+    match read {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(e) => return Err(failed("read", &path, e)),
+        Ok(_) => {}
+    }
+    let switched = identity(data).map_err(|e| failed("look at", data, e))? == first.trim_end();
+    let done = match switched {
+        true => dir.files().rename(&path, &dir.base().join(TO_DO)),
+        false => dir.files().remove_file(&path),
+    };
+    done.map_err(|e| failed("rename", &path, e))
+}
+
 /// Works off the list of a pack whose file is in place, of this one or one that was killed. `keep_old`: BLOBDIR.old
 /// becomes a snapshot of the files before the pack, those that stay as hard links.
-pub(super) fn remove_listed(dir: &BlobDir, keep_old: bool) -> Result<()> {
+pub(super) fn remove_listed(dir: &BlobDir, snapshot: &Snapshot, data: &Path, keep_old: bool) -> Result<()> {
     let [to_do, path] = [TO_DO, DOING].map(|name| dir.base().join(name));
+    adopt_collected(dir, data)?;
     if to_do.exists() {
         remove_tree(&beside(dir.base(), ".old"))?;
         dir.files().rename(&to_do, &path).map_err(|e| failed("rename", &to_do, e))?;
@@ -83,6 +118,10 @@ pub(super) fn remove_listed(dir: &BlobDir, keep_old: bool) -> Result<()> {
     for line in list.lines() {
         let line = line.map_err(|e| failed("read", &path, e))?;
         let Some((oid, tid)) = parse(&line) else { continue };
+        if snapshot.load_serial(oid, tid).is_ok() {
+            tracing::warn!("{}: the revision {tid} of {oid} is there: its file stays", path.display());
+            continue;
+        }
         if let Some(old) = &old {
             old.link(&dir.path(oid, tid))?;
         }

@@ -9,6 +9,7 @@
 
 use std::fs::{self, OpenOptions};
 use std::io;
+use std::path::Path;
 
 use super::super::file::{OsFile, StorageFile};
 use super::super::format::FIRST_TXN;
@@ -41,7 +42,7 @@ impl FileStorage {
     ) -> Result<bool> {
         self.check_writable()?;
         let _packing = self.start_packing()?;
-        let files = Files::of(&self.path);
+        let files = Files::of(self.operations.clone(), &self.path);
         let answer = packer().inspect_err(|_| self.discard(&files));
         let Some(size) = answer? else {
             self.discard(&files);
@@ -83,7 +84,7 @@ impl FileStorage {
         }
         file.sync_data().map_err(|e| StorageError::io(format!("cannot write {name}"), e))?;
         let removals = match &self.blobs {
-            Some(dir) => Some(removals(dir, &index)?),
+            Some(dir) => Some(removals(dir, &files.packed, &index)?),
             None => None,
         };
         let packed = Packed { file: std::sync::Arc::new(file), index, samples, end };
@@ -96,7 +97,7 @@ impl FileStorage {
             }
         }
         if let Some(dir) = &self.blobs {
-            let _ = fs::remove_file(dir.base().join(REMOVED));
+            let _ = self.operations.remove_file(&dir.base().join(REMOVED));
         }
         Ok(())
     }
@@ -105,14 +106,14 @@ impl FileStorage {
     fn discard(&self, files: &Files) {
         files.discard_packed();
         if let Some(dir) = &self.blobs {
-            let _ = fs::remove_file(dir.base().join(REMOVED));
+            let _ = self.operations.remove_file(&dir.base().join(REMOVED));
         }
     }
 }
 
 /// The packer's list as this storage's own. An object that is still there loses only what is listed revision by revision.
-fn removals<'a>(dir: &'a BlobDir, index: &Index) -> Result<Removals<'a>> {
-    let mut removals = Removals::new(dir)?;
+fn removals<'a>(dir: &'a BlobDir, packed: &Path, index: &Index) -> Result<Removals<'a>> {
+    let mut removals = Removals::new(dir, packed)?;
     let path = dir.base().join(REMOVED);
     let list = match fs::read(&path) {
         Err(e) if e.kind() == io::ErrorKind::NotFound => Vec::new(),

@@ -80,7 +80,7 @@ impl FileStorage {
         let snapshot = self.snapshot();
         let name = snapshot.name().clone();
         let gc = options.gc.unwrap_or(self.options.pack_gc);
-        let files = Files::of(&self.path);
+        let files = Files::of(self.operations.clone(), &self.path);
         let mut pace = Pace::new(options.progress, options.throttle);
         let references = gc.then_some(options.references);
         let records = options.references;
@@ -115,7 +115,7 @@ impl FileStorage {
             Err(TryLockError::WouldBlock) => return Err(StorageError::Invalid("Already packing".into())),
         };
         if let Some(dir) = &self.blobs {
-            remove_listed(dir, self.options.pack_keep_old)?;
+            remove_listed(dir, &self.snapshot(), &self.path, self.options.pack_keep_old)?;
         }
         Ok(packing)
     }
@@ -128,10 +128,10 @@ impl FileStorage {
         }
         if !keep_old {
             // Of an earlier pack: no longer the file before the last one.
-            let _ = std::fs::remove_file(Files::of(&self.path).old);
+            let _ = self.operations.remove_file(&Files::of(self.operations.clone(), &self.path).old);
         }
         if let Some(dir) = &self.blobs
-            && let Err(e) = remove_listed(dir, keep_old)
+            && let Err(e) = remove_listed(dir, &self.snapshot(), &self.path, keep_old)
         {
             tracing::warn!("{e}; the next pack removes what is left");
         }
@@ -155,11 +155,11 @@ impl FileStorage {
             tracing::info!("{name}: there is nothing to be dropped");
             return Ok(Outcome::Nothing);
         }
+        let out = Output::new(self.create_packed(&job.files)?, job.files.packed.display().to_string());
         let mut removals = match &self.blobs {
-            Some(dir) => Some(Removals::new(dir)?),
+            Some(dir) => Some(Removals::new(dir, &job.files.packed)?),
             None => None,
         };
-        let out = Output::new(self.create_packed(&job.files)?, job.files.packed.display().to_string());
         let mut copier = Copier::new(out, source, name, pack_pos, &marked)?;
         pace.enter("copy", snapshot.end(), 0)?;
         let records = job.records;

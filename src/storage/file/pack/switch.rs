@@ -13,15 +13,16 @@
 //! ZODB renames NAME away before it renames NAME.pack; a crash between the two leaves no NAME, and an empty database
 //! at the next start.
 
-use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use super::super::index_file::beside;
-use super::super::oids::sync_parent;
+use crate::storage::blob::FileNames;
 use crate::storage::{Result, StorageError};
 
 pub(super) struct Files {
+    names: Arc<dyn FileNames>,
     pub data: PathBuf,
     pub packed: PathBuf,
     pub old: PathBuf,
@@ -29,8 +30,9 @@ pub(super) struct Files {
 }
 
 impl Files {
-    pub(super) fn of(data: &Path) -> Self {
+    pub(super) fn of(names: Arc<dyn FileNames>, data: &Path) -> Self {
         Self {
+            names,
             data: data.to_owned(),
             packed: beside(data, ".pack"),
             old: beside(data, ".old"),
@@ -41,39 +43,40 @@ impl Files {
     /// Everything up to the rename, which is the last step: if this fails, NAME is what it was. `step` is called after
     /// each step.
     pub(super) fn put_in_place(&self, keep_old: bool, step: &mut dyn FnMut(&'static str)) -> Result<()> {
-        remove(&self.index)?;
+        self.remove(&self.index)?;
         self.sync()?;
         step("index removed");
         if keep_old {
-            remove(&self.old)?;
+            self.remove(&self.old)?;
             step("old removed");
-            fs::hard_link(&self.data, &self.old).map_err(|e| {
+            self.names.hard_link(&self.data, &self.old).map_err(|e| {
                 let text = "keep the previous file (pack_keep_old needs hard links)";
                 failed(text, &self.old, e)
             })?;
             step("old linked");
         }
-        fs::rename(&self.packed, &self.data)
-            .map_err(|e| failed("put the packed file in place of", &self.data, e))?;
+        let renamed = self.names.rename(&self.packed, &self.data);
+        renamed.map_err(|e| failed("put the packed file in place of", &self.data, e))?;
         step("renamed");
         Ok(())
     }
 
     /// Makes the names durable.
     pub(super) fn sync(&self) -> Result<()> {
-        sync_parent(&self.data).map_err(|e| failed("sync the directory of", &self.data, e))
+        let parent = self.data.parent().unwrap_or(Path::new("."));
+        self.names.sync(parent).map_err(|e| failed("sync the directory of", &self.data, e))
+    }
+
+    fn remove(&self, path: &Path) -> Result<()> {
+        match self.names.remove_file(path) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => Err(failed("remove", path, e)),
+            _ => Ok(()),
+        }
     }
 
     /// Removes what a failed pack leaves.
     pub(super) fn discard_packed(&self) {
-        let _ = fs::remove_file(&self.packed);
-    }
-}
-
-fn remove(path: &Path) -> Result<()> {
-    match fs::remove_file(path) {
-        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(failed("remove", path, e)),
-        _ => Ok(()),
+        let _ = self.names.remove_file(&self.packed);
     }
 }
 
@@ -83,9 +86,12 @@ fn failed(verb: &str, path: &Path, source: io::Error) -> StorageError {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
     use crate::ids::{Oid, Tid};
     use crate::storage::Storage;
+    use crate::storage::blob::OsFileNames;
     use crate::storage::file::{FileStorage, FileStorageOptions};
 
     fn fixture(name: &str) -> PathBuf {
@@ -115,7 +121,7 @@ mod tests {
             let root = tempfile::tempdir().unwrap();
             let live = root.path().join("live");
             fs::create_dir(&live).unwrap();
-            let files = Files::of(&live.join("Data.fs"));
+            let files = Files::of(Arc::new(OsFileNames), &live.join("Data.fs"));
             fs::copy(fixture("pack_source/Data.fs"), &files.data).unwrap();
             let old = answers(&files.data);
             assert!(files.index.exists());
