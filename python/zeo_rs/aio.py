@@ -1,4 +1,4 @@
-"""The asyncio API: loads, history, iteration, packing and news of a ZEO server, for programs that are not ZODB applications.
+"""The asyncio API: loads, history, iteration, packing and news of a ZEO server, for programs that are not ZODB applications; and a server.
 
 >>> async def main(addr):                                       # doctest: +SKIP
 ...     async with await zeo_rs.aio.connect(addr) as storage:
@@ -18,7 +18,7 @@ from ZODB.utils import maxtid
 from . import _zeo
 from .clientstorage import ClientStorage
 
-__all__ = ["AsyncStorage", "Invalidation", "PackProgress", "connect"]
+__all__ = ["AsyncStorage", "Invalidation", "PackProgress", "connect", "serve"]
 
 #: Seconds between two looks at the progress of a pack.
 LOOK_EVERY = 0.2
@@ -43,6 +43,37 @@ async def connect(addr, **options):
     """An ``AsyncStorage`` on a ``ClientStorage(addr, **options)`` of its own, once it is connected."""
     storage = await asyncio.to_thread(ClientStorage, addr, **options)
     return AsyncStorage(storage, close=True)
+
+
+@contextlib.asynccontextmanager
+async def serve(path=None, blob_dir=None, storage_conf=None, zeo_conf=None, port=0, ssl=None):
+    """A server beside an asyncio program, until the end of the ``async with``. The arguments are those of ``zeo_rs.server``.
+
+    >>> async with zeo_rs.aio.serve("Data.fs", port=8100) as server:     # doctest: +SKIP
+    ...     print(server.address, server.status())
+
+    It has threads of its own: neither keeps the event loop busy nor waits for it. At the end, and if it is cancelled at any
+    time, it is stopped in good order: clients that have voted may finish, storages are closed.
+    """
+    from .embedded import configuration, start_threaded
+
+    text = configuration(path, blob_dir, storage_conf, zeo_conf, port)
+    server = await _to_its_end(start_threaded, lambda server: server.stop(), text, ssl)
+    try:
+        yield server
+    finally:
+        await _to_its_end(server.stop, lambda _: None)
+
+
+async def _to_its_end(function, undo, *args):
+    """``function(*args)`` in a thread. A cancellation waits for it, and for ``undo(result)``."""
+    work = asyncio.ensure_future(asyncio.to_thread(function, *args))
+    try:
+        return await asyncio.shield(work)
+    except asyncio.CancelledError:
+        result = await work
+        await asyncio.to_thread(undo, result)
+        raise
 
 
 class AsyncStorage:

@@ -23,6 +23,22 @@ LEGACY = (
 )
 
 
+#: Keys that ZEO does not have, and the server's options that they set.
+EXTRA = {
+    "http_address": "http",
+    "slow_operation": "slow_operation",
+    "max_connections": "max_connections",
+    "max_frame_size": "max_frame",
+    "max_transaction_size": "max_staged",
+    "max_iterators": "max_cursors",
+    "max_unread_invalidations": "max_unread",
+    "handshake_timeout": "handshake_timeout",
+    "peer_timeout": "peer_timeout",
+    "staging_memory": "staging_memory",
+    "staging_directory": "staging_directory",
+}
+
+
 class ConfigurationError(Exception):
     """Something in a configuration or on a command line is wrong; the text says what to do."""
 
@@ -54,6 +70,21 @@ def server_address(text):
 
 def client_address(text):
     return _address(text, "127.0.0.1", None)
+
+
+def seconds(text):
+    """A time; not negative."""
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise ValueError(f"{text!r}: give a number of seconds, 0 or more")
+    return value
+
+
+def at_least_one(text):
+    value = int(text)
+    if value < 1:
+        raise ValueError(f"{text!r}: give a number, 1 or more")
+    return value
 
 
 class SSLSection:
@@ -192,10 +223,12 @@ def load_server(source, overrides=()):
         "client_conflict_resolution": zeo.client_conflict_resolution,
         "msgpack": msgpack,
     }
-    for name in ("invalidation_age", "transaction_timeout", "staging_memory", "staging_directory"):
+    for name, option in {"invalidation_age": "invalidation_age", "transaction_timeout": "transaction_timeout", **EXTRA}.items():
         if getattr(zeo, name) is not None:
-            settings.options[name] = getattr(zeo, name)
-    settings.options["http"] = zeo.http_address
+            settings.options[option] = getattr(zeo, name)
+    settings.options["inherit"] = is_activated()
+    if not (zeo.addresses or settings.options["inherit"]):
+        raise ConfigurationError("configuration: <zeo> has no address to listen on")
     if zeo.ssl is not None:
         try:
             settings.tls = server_ssl(zeo.ssl)
@@ -206,6 +239,11 @@ def load_server(source, overrides=()):
             settings.warnings.append(f"packer {factory.config.packer} is not used: the storage packs by itself")
     settings.storages = name_storages([_with_engine(factory) for factory in loaded.storages])
     return settings
+
+
+def is_activated():
+    """Whether systemd started this process with its listening sockets."""
+    return os.environ.get("LISTEN_PID") == str(os.getpid()) and os.environ.get("LISTEN_FDS", "0") != "0"
 
 
 def load_server_text(text):

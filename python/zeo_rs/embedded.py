@@ -7,7 +7,7 @@ import sys
 import tempfile
 import warnings
 
-from zeo_rs.config import load_server_text
+from zeo_rs.config import EXTRA, load_server_text
 from zeo_rs.serving import describe, start
 
 #: Options of `zeo_conf` given as a dict.
@@ -19,8 +19,7 @@ OPTIONS = (
     "pid_filename",
     "msgpack",
     "client_conflict_resolution",
-    "staging_memory",
-    "staging_directory",
+    *EXTRA,
 )
 
 
@@ -33,26 +32,41 @@ def server(
     zeo_conf: ZConfig text of a `<zeo>` section, or a dict of its options. port: a number (0: a free one), `(host, port)`, or
     a path for a unix socket. threaded=False: in a child process. ssl: a `zeo_rs.TLS` (threaded only).
 
-    `address` is what `ClientStorage` takes; `stop()` ends the server. ZEO's keywords for its tests (`log`, `name`, `debug`,
-    `show_config`, `protocol`) are accepted and mean nothing here.
+    `address` is what `ClientStorage` takes; `stop()` ends the server. Of the keywords that ZEO's function passes on,
+    `protocol` (`b"Z5"`, `b"M5"`: which one to announce), `show_config` (print the configuration) and, with a child process,
+    `log` (True, or the path of its log) have their meaning; `name` and `debug` are accepted and have none.
     """
-    ignored = set(kw) - {"log", "name", "debug", "show_config", "protocol"}
-    if ignored:
-        raise TypeError(f"server() got unexpected keyword arguments: {', '.join(sorted(ignored))}")
-    text = _configuration(path, blob_dir, storage_conf, zeo_conf, port)
+    protocol, log, show_config = kw.pop("protocol", None), kw.pop("log", None), kw.pop("show_config", False)
+    unknown = set(kw) - {"name", "debug"}
+    if unknown:
+        raise TypeError(f"server() got unexpected keyword arguments: {', '.join(sorted(unknown))}")
+    text = configuration(path, blob_dir, storage_conf, zeo_conf, port, protocol)
+    if log and not threaded:
+        text += f"<eventlog>\n  <logfile>\n    path {log if isinstance(log, str) else 'server.log'}\n  </logfile>\n</eventlog>\n"
+    if show_config:
+        print(text)
     if threaded:
-        settings = load_server_text(text)
-        settings.tls = ssl or settings.tls
-        running = start(settings)
+        running = start_threaded(text, ssl)
         return running.address, lambda stop_timeout=99: running.stop()
     if ssl is not None:
         raise ValueError("ssl objects cannot be given to a child process: use an <ssl> section in zeo_conf")
     return _child(text, start_timeout)
 
 
-def _configuration(path, blob_dir, storage_conf, zeo_conf, port):
+def start_threaded(text, ssl=None):
+    """A `Running` server in threads of this process. Sends `Serving`, and `Closed` when it is stopped."""
+    settings = load_server_text(text)
+    settings.tls = ssl or settings.tls
+    settings.options["inherit"] = False
+    return start(settings)
+
+
+def configuration(path, blob_dir, storage_conf, zeo_conf, port, protocol=None):
+    """ZConfig text of `server`'s arguments."""
     if zeo_conf is None or isinstance(zeo_conf, dict):
         options = dict(zeo_conf or {})
+        if protocol is not None:
+            options["msgpack"] = _is_msgpack(protocol)
         unknown = set(options) - {*OPTIONS, "address"}
         if unknown:
             raise TypeError(f"unknown options in zeo_conf: {', '.join(sorted(unknown))}")
@@ -68,7 +82,14 @@ def _configuration(path, blob_dir, storage_conf, zeo_conf, port):
         storage_conf = f"<blobstorage>\n  blob-dir {blob_dir}\n{storage_conf}\n</blobstorage>"
         if path is not None:
             storage_conf = f"<filestorage>\n  path {path}\n  blob-dir {blob_dir}\n</filestorage>"
-    return zeo_conf + storage_conf
+    return f"{zeo_conf}\n{storage_conf}\n"
+
+
+def _is_msgpack(protocol):
+    text = protocol.decode("latin-1") if isinstance(protocol, bytes) else protocol
+    if text not in ("M5", "Z5"):
+        raise ValueError(f"protocol {protocol!r} is not spoken: give b'M5' or b'Z5'")
+    return text == "M5"
 
 
 def _child(text, start_timeout):

@@ -1,7 +1,8 @@
-"""A server process: from settings to a running `_zeo.Server`, its pid file and sockets, signals, and the end."""
+"""A server: from settings to a running one; as a process its pid file, signals, log, and the end."""
 
 import contextlib
 import errno
+import json
 import logging
 import os
 import signal
@@ -9,16 +10,51 @@ import socket
 import sys
 import threading
 
+import ZODB.event
+
 from zeo_rs import _zeo
 from zeo_rs.config import ConfigurationError, server_storage
+from zeo_rs.events import Closed, Serving
 from zeo_rs.tls import server_tls
 
 logger = logging.getLogger("zeo_rs.serving")
 
 
+class Running:
+    """A running server. `Serving` was sent when it is made; `stop()` sends `Closed`."""
+
+    def __init__(self, server):
+        self._server = server
+        self._stopped = threading.Lock()
+        #: `(host, port)` or a path; of several addresses, the first
+        self.address = server.address
+        self.addresses = server.addresses
+        #: where operators are answered, or None
+        self.http_address = server.http_address
+        try:
+            ZODB.event.notify(Serving(self, address=self.address))
+        except BaseException:
+            self.stop()
+            raise
+
+    def status(self):
+        """`{storage: {name: value}}`, as the server tells monitors."""
+        return json.loads(self._server.status())
+
+    def stop(self):
+        """Ends it in good order, storages included. Further calls do nothing."""
+        if self._stopped.acquire(blocking=False):
+            try:
+                self._server.stop()
+            finally:
+                ZODB.event.notify(Closed(self))
+
+
 def start(settings):
-    """A running `_zeo.Server`. Raises `ConfigurationError` for what an operator can put right."""
-    _check_addresses(settings.addresses)
+    """The settings as a `Running` server. Raises `ConfigurationError` for what an operator can put right."""
+    # connecting to a socket that is handed to this process would only fill its queue
+    inherited = set(inherited_paths()) if settings.options.get("inherit") else set()
+    _check_addresses([address for address in settings.addresses if address not in inherited])
     storages = []
     try:
         for name, factory in settings.storages:
@@ -30,7 +66,7 @@ def start(settings):
         if settings.tls is not None:
             options["tls"] = server_tls(settings.tls)
         try:
-            return _zeo.Server(settings.addresses, storages, options)
+            server = _zeo.Server(settings.addresses, storages, options)
         except Exception as error:
             raise ConfigurationError(_why(error)) from error
     except BaseException:
@@ -38,6 +74,15 @@ def start(settings):
             if not isinstance(storage, tuple):
                 storage.close()
         raise
+    return Running(server)
+
+
+def inherited_paths():
+    """Paths of the Unix sockets among those that systemd started this process with."""
+    for number in range(3, 3 + int(os.environ["LISTEN_FDS"])):
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(number)) as inherited:
+            if inherited.family == socket.AF_UNIX:
+                yield inherited.getsockname()
 
 
 def _why(error):
@@ -134,12 +179,8 @@ def run(settings, exit_at_once=False, ready=None):
         logger.info("shutting down")
         notify("STOPPING=1")
     finally:
-        addresses = server.addresses
+        # removes its own Unix sockets, too
         server.stop()
-        for address in addresses:
-            if isinstance(address, str):
-                with contextlib.suppress(OSError):
-                    os.remove(address)
         if pid_file is not None:
             pid_file.remove()
         _zeo.flush_logs()

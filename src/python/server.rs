@@ -96,7 +96,7 @@ fn raise(py: Python<'_>, error: ServerError) -> PyErr {
             Some(number) => PyOSError::new_err((number, error.to_string())),
             None => PyOSError::new_err(error.to_string()),
         },
-        ServerError::Threads(_) => PyOSError::new_err(error.to_string()),
+        ServerError::Threads(_) | ServerError::Inherited(_) => PyOSError::new_err(error.to_string()),
         _ => PyValueError::new_err(error.to_string()),
     }
 }
@@ -140,6 +140,7 @@ fn config_of(options: &Bound<'_, PyDict>) -> PyResult<ServerConfig> {
             "invalidation_queue_size" => config.invalidation_queue_size = value.extract()?,
             "invalidation_age" => config.invalidation_age = seconds()?,
             "transaction_timeout" => config.transaction_timeout = seconds()?,
+            "inherit" => config.inherit = value.is_truthy()?,
             "http" => config.http = if value.is_none() { None } else { Some(address_of(&value)?) },
             "shutdown_grace" => config.shutdown_grace = seconds()?.unwrap_or_default(),
             "handshake_timeout" => config.handshake_timeout = seconds()?.unwrap_or(config.handshake_timeout),

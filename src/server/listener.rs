@@ -2,16 +2,12 @@
 
 use std::future::Future;
 use std::io;
-use std::net::SocketAddr;
-use std::os::unix::fs::FileTypeExt;
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use socket2::{Domain, SockRef, Socket as RawSocket, TcpKeepalive, Type};
-use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
+use tokio::net::TcpListener;
 use tokio::runtime::Runtime;
 use tokio::sync::{oneshot, watch};
 use tokio_util::task::TaskTracker;
@@ -19,13 +15,12 @@ use tokio_util::task::TaskTracker;
 use super::admin;
 use super::connection::{Socket, serve};
 use super::hub::{Hub, HubOptions};
+use super::sockets::{self, Acceptor, Listener};
 use super::{ServerConfig, Shared, locks::LockHolder};
 use crate::ids::Tid;
-use crate::net::Address;
 use crate::net::tls::{ServerTls, TlsError};
+use crate::net::{Address, activation};
 use crate::storage::{Storage, StorageError};
-
-const BACKLOG: i32 = 1024;
 
 /// Why a server could not be started or stopped.
 #[derive(Debug, thiserror::Error)]
@@ -38,24 +33,12 @@ pub enum ServerError {
     DuplicateStorage(String),
     #[error("cannot listen on {address}: {source}")]
     Bind { address: Address, source: io::Error },
+    #[error("a socket that the server was started with (LISTEN_FDS) cannot be used: {0}")]
+    Inherited(io::Error),
     #[error("cannot start the threads of the server: {0}")]
     Threads(io::Error),
     #[error("storage {name:?}: {source}")]
     Storage { name: String, source: StorageError },
-}
-
-enum Listener {
-    Tcp(std::net::TcpListener),
-    Unix(std::os::unix::net::UnixListener, SocketFile),
-}
-
-/// Removes the file of a Unix socket with the listener, if it is still its own.
-struct SocketFile(PathBuf);
-
-impl Drop for SocketFile {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.0);
-    }
 }
 
 /// A server that listens already (clients can connect, and wait) but serves only when it runs.
@@ -87,9 +70,6 @@ impl Server {
     }
 
     fn bind_all(config: ServerConfig, storages: &[(String, Arc<dyn Storage>)]) -> Result<Self, ServerError> {
-        if config.addresses.is_empty() {
-            return Err(ServerError::NoAddress);
-        }
         if storages.is_empty() {
             return Err(ServerError::NoStorage);
         }
@@ -98,18 +78,35 @@ impl Server {
                 return Err(ServerError::DuplicateStorage(name.clone()));
             }
         }
+        let mut inherited = if config.inherit {
+            activation::inherited().map_err(ServerError::Inherited)?
+        } else {
+            Vec::new()
+        };
+        let http =
+            match (sockets::inherited_http(&mut inherited).map_err(ServerError::Inherited)?, &config.http) {
+                (Some(http), _) => Some(http),
+                (None, Some(address)) => Some(sockets::listen_http(address)?),
+                (None, None) => None,
+            };
+        let (http, http_address) = http.map_or((Vec::new(), None), |(http, address)| (http, Some(address)));
         let mut listeners = Vec::new();
         let mut addresses = Vec::new();
         for address in &config.addresses {
             let failed = |source| ServerError::Bind { address: address.clone(), source };
-            let (more, actual) = listen(address).map_err(failed)?;
+            let found = sockets::inherited_at(&mut inherited, address).map_err(failed)?;
+            let (more, actual) = found.map_or_else(|| sockets::listen(address).map_err(failed), Ok)?;
             listeners.extend(more);
             addresses.push(actual);
         }
-        let (http, http_address) = match &config.http {
-            Some(address) => listen_http(address).map(|(http, actual)| (http, Some(actual)))?,
-            None => (Vec::new(), None),
-        };
+        // What systemd listens at and the configuration does not name is served as well.
+        for one in inherited {
+            addresses.push(one.socket.address().map_err(ServerError::Inherited)?);
+            listeners.push(Listener::inherited(one.socket).map_err(ServerError::Inherited)?);
+        }
+        if listeners.is_empty() {
+            return Err(ServerError::NoAddress);
+        }
         let mut hubs = Vec::new();
         for (name, storage) in storages {
             let options = HubOptions {
@@ -273,115 +270,13 @@ impl Drop for ServerHandle {
     }
 }
 
-fn listen(address: &Address) -> io::Result<(Vec<Listener>, Address)> {
-    match address {
-        Address::Unix(path) => Ok((vec![listen_unix(path)?], address.clone())),
-        Address::Tcp { host, port } => {
-            let mut candidates = if host.is_empty() {
-                // Both families at once; where there is no IPv6, the other one.
-                let any = (std::net::Ipv6Addr::UNSPECIFIED, *port).into();
-                match listen_tcp(any) {
-                    Ok(listener) => return with_actual(address, vec![listener]),
-                    Err(error) if error.kind() == io::ErrorKind::AddrInUse => return Err(error),
-                    Err(_) => vec![SocketAddr::from((std::net::Ipv4Addr::UNSPECIFIED, *port))],
-                }
-            } else {
-                address.resolve("")?
-            };
-            candidates.dedup();
-            let mut listeners: Vec<std::net::TcpListener> = Vec::new();
-            let mut failure = None;
-            for mut candidate in candidates {
-                if let (0, Some(first)) = (*port, listeners.first()) {
-                    candidate.set_port(first.local_addr()?.port());
-                }
-                match listen_tcp(candidate) {
-                    Ok(listener) => listeners.push(listener),
-                    // A name may stand for an address that this machine does not have (`::1` in a container).
-                    Err(error) if error.kind() == io::ErrorKind::AddrNotAvailable => failure = Some(error),
-                    Err(error) => return Err(error),
-                }
-            }
-            match failure {
-                Some(error) if listeners.is_empty() => Err(error),
-                _ => with_actual(address, listeners),
-            }
-        }
-    }
-}
-
-fn with_actual(
-    address: &Address,
-    listeners: Vec<std::net::TcpListener>,
-) -> io::Result<(Vec<Listener>, Address)> {
-    let actual = match (address, listeners.first()) {
-        (Address::Tcp { host, port: 0 }, Some(first)) => {
-            Address::tcp(host.clone(), first.local_addr()?.port())
-        }
-        _ => address.clone(),
-    };
-    Ok((listeners.into_iter().map(Listener::Tcp).collect(), actual))
-}
-
-/// HTTP is answered on TCP only.
-fn listen_http(address: &Address) -> Result<(Vec<std::net::TcpListener>, Address), ServerError> {
-    let failed = |source| ServerError::Bind { address: address.clone(), source };
-    if matches!(address, Address::Unix(_)) {
-        return Err(failed(io::Error::new(
-            io::ErrorKind::InvalidInput,
-            "HTTP needs a TCP address, HOST:PORT",
-        )));
-    }
-    let (listeners, actual) = listen(address).map_err(failed)?;
-    let tcp = |listener| match listener {
-        Listener::Tcp(listener) => Some(listener),
-        Listener::Unix(..) => None,
-    };
-    Ok((listeners.into_iter().filter_map(tcp).collect(), actual))
-}
-
-fn listen_tcp(address: SocketAddr) -> io::Result<std::net::TcpListener> {
-    let socket = RawSocket::new(Domain::for_address(address), Type::STREAM, None)?;
-    socket.set_reuse_address(true)?;
-    if address.is_ipv6() {
-        // The unspecified address is asked for to serve IPv4 as well.
-        socket.set_only_v6(!address.ip().is_unspecified())?;
-    }
-    socket.bind(&address.into())?;
-    socket.listen(BACKLOG)?;
-    socket.set_nonblocking(true)?;
-    Ok(socket.into())
-}
-
-/// A socket file that nobody listens on any more (left by a killed server) is replaced.
-fn listen_unix(path: &Path) -> io::Result<Listener> {
-    let is_stale = |path: &Path| {
-        let is_socket =
-            std::fs::symlink_metadata(path).is_ok_and(|metadata| metadata.file_type().is_socket());
-        let refused = |error: io::Error| error.kind() == io::ErrorKind::ConnectionRefused;
-        is_socket && std::os::unix::net::UnixStream::connect(path).is_err_and(refused)
-    };
-    let listener = match std::os::unix::net::UnixListener::bind(path) {
-        Err(error) if error.kind() == io::ErrorKind::AddrInUse && is_stale(path) => {
-            std::fs::remove_file(path)?;
-            std::os::unix::net::UnixListener::bind(path)?
-        }
-        bound => bound?,
-    };
-    listener.set_nonblocking(true)?;
-    Ok(Listener::Unix(listener, SocketFile(path.to_owned())))
-}
-
 async fn accept(
     shared: Arc<Shared>,
     listener: Listener,
     connections: TaskTracker,
     mut stopped: watch::Receiver<bool>,
 ) -> io::Result<()> {
-    let acceptor = match listener {
-        Listener::Tcp(listener) => Acceptor::Tcp(TcpListener::from_std(listener)?),
-        Listener::Unix(listener, file) => Acceptor::Unix(UnixListener::from_std(listener)?, file),
-    };
+    let acceptor = Acceptor::new(listener)?;
     loop {
         let accepted = tokio::select! {
             accepted = acceptor.accept(shared.config.peer_timeout) => accepted,
@@ -456,46 +351,4 @@ async fn serve_tls(
         Err(error) if tls.is_news(&peer, &error) => tracing::info!("{error}"),
         Err(error) => tracing::debug!("{error}"),
     }
-}
-
-enum Acceptor {
-    Tcp(TcpListener),
-    Unix(UnixListener, SocketFile),
-}
-
-impl Acceptor {
-    async fn accept(&self, peer_timeout: Duration) -> io::Result<(Socket, String)> {
-        match self {
-            Self::Tcp(listener) => {
-                let (stream, peer) = listener.accept().await?;
-                if let Err(error) = set_options(&stream, peer_timeout) {
-                    // Usually closed again already; reading will tell.
-                    tracing::debug!(client = %peer, %error, "socket options cannot be set");
-                }
-                Ok((Socket::Tcp(stream), Address::from(peer).to_string()))
-            }
-            Self::Unix(listener, file) => {
-                let (stream, _) = listener.accept().await?;
-                let peer = peer_name(&stream, &file.0);
-                Ok((Socket::Unix(stream), peer))
-            }
-        }
-    }
-}
-
-fn peer_name(stream: &UnixStream, path: &Path) -> String {
-    match stream.peer_cred().ok().and_then(|peer| peer.pid()) {
-        Some(pid) => format!("{} process {pid}", path.display()),
-        None => path.display().to_string(),
-    }
-}
-
-fn set_options(stream: &TcpStream, peer_timeout: Duration) -> io::Result<()> {
-    stream.set_nodelay(true)?;
-    let socket = SockRef::from(stream);
-    // The system counts in whole seconds.
-    let seconds = |share: u32| (peer_timeout / share).max(Duration::from_secs(1));
-    let keepalive = TcpKeepalive::new().with_time(seconds(4)).with_interval(seconds(12)).with_retries(3);
-    socket.set_tcp_keepalive(&keepalive)?;
-    socket.set_tcp_user_timeout(Some(peer_timeout))
 }

@@ -81,6 +81,9 @@ struct State {
     events: VecDeque<Event>,
     /// Weight of the invalidations among them.
     unread: usize,
+    /// Weight of the largest. It does not count towards the limit: a transaction of millions of objects is no reason to
+    /// drop everybody.
+    largest: usize,
     /// Nothing more is kept.
     closed: bool,
     /// Why the connection is to be closed, now, whatever it is doing.
@@ -108,6 +111,7 @@ impl Mailbox {
             state: Mutex::new(State {
                 events: VecDeque::new(),
                 unread: 0,
+                largest: 0,
                 closed: false,
                 condemned: None,
                 label: String::new(),
@@ -162,7 +166,8 @@ impl Mailbox {
             return drop(event);
         }
         state.unread += weight;
-        if state.unread > self.limit {
+        state.largest = state.largest.max(weight);
+        if state.unread - state.largest > self.limit {
             let reason = format!("it does not read its invalidations ({} bytes wait for it)", state.unread);
             drop(state);
             return self.condemn(reason);
@@ -205,7 +210,7 @@ impl Mailbox {
             return;
         }
         let mut state = self.lock();
-        state.unread = 0;
+        (state.unread, state.largest) = (0, 0);
         if into.is_empty() {
             std::mem::swap(into, &mut state.events);
         } else {
@@ -248,6 +253,8 @@ mod tests {
         let verdict = Dropped(Arc::clone(&released));
         mailbox.post(Event::Continue(Box::new(move |_| drop(verdict))));
         let publication = || Event::Published(Arc::new(Publication::new(Tid(1), Arc::new([Oid(1)]))));
+        // 75 each; the largest is not counted
+        mailbox.post(publication());
         mailbox.post(publication());
         assert!(mailbox.sentence().is_none());
         mailbox.post(publication());

@@ -2,7 +2,7 @@
 //!
 //! | module | what it is |
 //! | --- | --- |
-//! | [`listener`] | addresses bound, connections accepted and counted |
+//! | [`listener`], `sockets` | addresses bound, connections accepted and counted |
 //! | `connection` | one task a connection: socket, buffers, when to do what |
 //! | `session` | one client: its view, its calls (`reads`, `transaction`, `undo`, `cursors`, `blobs`) |
 //! | `mailbox` | what the rest of the server has to say to one connection, in order |
@@ -27,6 +27,7 @@ mod mailbox;
 mod reads;
 mod session;
 mod slow;
+mod sockets;
 mod staging;
 mod status;
 mod transaction;
@@ -51,6 +52,9 @@ use slow::{Budget, SlowLog};
 /// How to serve. The defaults are ZEO's, except for limits that ZEO does not have.
 pub struct ServerConfig {
     pub addresses: Vec<Address>,
+    /// Also serve the sockets that the process was started with (systemd's `LISTEN_FDS`). One at an address above takes
+    /// its place; one that is called `http` is for operators.
+    pub inherit: bool,
     /// Announce `M5` rather than `Z5`; the client decides in either case.
     pub msgpack: bool,
     /// No client may write (packing is allowed).
@@ -104,6 +108,7 @@ impl Default for ServerConfig {
     fn default() -> Self {
         Self {
             addresses: Vec::new(),
+            inherit: false,
             msgpack: false,
             read_only: false,
             invalidation_queue_size: 100,

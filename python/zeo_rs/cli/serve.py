@@ -5,7 +5,15 @@ import sys
 from types import SimpleNamespace
 
 from zeo_rs.cli import fail
-from zeo_rs.config import ConfigurationError, FileStorageFactory, ServerSettings, load_server, name_storages
+from zeo_rs.config import (
+    ConfigurationError,
+    FileStorageFactory,
+    ServerSettings,
+    is_activated,
+    load_server,
+    name_storages,
+    seconds,
+)
 from zeo_rs.config import server_address as address_of
 
 
@@ -20,6 +28,7 @@ def arguments(parser):
     add("--test", action="store_true", help="start, then exit at once")
     add("--blob-dir", metavar="DIRECTORY", help="blob directory of the (only) --filename")
     add("--http", metavar="ADDRESS", help="answer operators over HTTP there: metrics, health, a status page")
+    add("--slow-operation", metavar="SECONDS", help="log operations that take longer (1); 0: none")
     add("--json-log", action="store_true", help="log lines as JSON, without an <eventlog>")
     add("--ready-fd", type=int, metavar="FD", help="write the addresses there, one a line, when clients can connect")
 
@@ -32,6 +41,7 @@ def settings_of(args):
         raise ConfigurationError("-X overrides a configuration file: give one with -C")
     else:
         settings = ServerSettings()
+        settings.options["inherit"] = is_activated()
         if os.environ.get("ZEO_MSGPACK"):
             settings.options["msgpack"] = True
     if args.address:
@@ -46,7 +56,7 @@ def settings_of(args):
         settings.storages = name_storages(files)
     elif args.blob_dir:
         raise ConfigurationError("--blob-dir is for --filename; the configuration file names its own")
-    if not settings.addresses:
+    if not (settings.addresses or settings.options["inherit"]):
         raise ConfigurationError("no address to listen on: give -a ADDRESS or -C FILE")
     if not settings.storages:
         raise ConfigurationError("no storage to serve: give -f DATA.FS or -C FILE")
@@ -55,6 +65,11 @@ def settings_of(args):
             settings.options["http"] = address_of(args.http)
         except ValueError as error:
             raise ConfigurationError(str(error)) from error
+    if args.slow_operation is not None:
+        try:
+            settings.options["slow_operation"] = seconds(args.slow_operation)
+        except ValueError as error:
+            raise ConfigurationError(f"--slow-operation: {error}") from error
     if args.timeout is not None:
         settings.options["transaction_timeout"] = args.timeout
     if args.pid_file:

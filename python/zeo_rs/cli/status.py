@@ -73,6 +73,12 @@ def frame(stream):
 def show(status):
     for name, fields in status.items():
         print(f"storage {name}")
+        # a list of a server of ours; ZEO's have none
+        locks = fields.pop("locks", [])
         width = max(map(len, fields), default=0)
         for key, value in fields.items():
             print(f"  {key:<{width}}  {value}")
+        for lock in locks:
+            what = "the whole storage" if lock["objects"] is None else f"{lock['objects']} objects"
+            verb = "waits for" if lock["waiting"] else "holds"
+            print(f"  {lock['client']} {verb} {what} for {lock['seconds']:.1f} s")
