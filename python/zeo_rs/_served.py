@@ -7,7 +7,7 @@ Oids, tids and data are ``bytes`` here; optional ones may be ``None``.
 import base64
 
 import zope.interface
-from ZODB.ConflictResolution import ConflictResolvingStorage
+from ZODB.ConflictResolution import BadClass, ConflictResolvingStorage, _unresolvable, find_global
 from ZODB.Connection import TransactionMetaData
 from ZODB.interfaces import IBlobStorage
 from ZODB.interfaces import IStorageUndoable
@@ -222,6 +222,12 @@ def resolve(oid, committed, read, new_data, read_data, committed_data):
         return revisions.tryToResolveConflict(oid, committed, read, new_data, committed_data)
     except ConflictError:
         return None
+
+
+def is_unresolvable(module, name):
+    """Whether ZODB has found that this class never resolves conflicts, or cannot import it (it does not try again either)."""
+    klass = find_global(module, name)
+    return isinstance(klass, BadClass) or klass in _unresolvable
 
 
 def _says_yes(storage, name):

@@ -144,6 +144,9 @@ impl Client {
             {
                 self.core.cache.invalidate(oid, None);
             }
+            if let (ClientError::Fault(fault), Some(txn)) = (error, &mut *self.txn()) {
+                txn.refused = txn.key == *key && fault.class.ends_with("ConflictError");
+            }
         })?;
         let answer = match answer {
             Value::Tuple(items) | Value::List(items) => items,
@@ -184,12 +187,19 @@ impl Client {
     }
 
     /// Ends the transaction on both sides. Without a connection there is nothing to tell the server.
+    ///
+    /// A server has ended a transaction that it refused for a conflict: it is told all the same, with the next call.
     pub fn tpc_abort(&self, key: &TxnKey) -> Result<()> {
-        let generation = match &*self.txn() {
-            Some(txn) if txn.key == *key => txn.generation,
+        let (generation, refused) = match &*self.txn() {
+            Some(txn) if txn.key == *key => (txn.generation, txn.refused),
             _ => return Ok(()),
         };
-        let aborted = self.call_on(generation, "tpc_abort", &Call::TpcAbort { txn: key.clone() });
+        let abort = Call::TpcAbort { txn: key.clone() };
+        let aborted = if refused {
+            self.in_txn("tpc_abort", key, |connection, _| connection.send_async(&abort)).map(|()| Value::None)
+        } else {
+            self.call_on(generation, "tpc_abort", &abort)
+        };
         self.end_txn(key);
         match aborted {
             Ok(_) | Err(ClientError::Disconnected(_)) => Ok(()),

@@ -22,6 +22,8 @@ pub(super) struct Txn {
     resolved: FxHashSet<Oid>,
     kept: usize,
     keep_at_most: usize,
+    /// The vote ended in a conflict, which has ended it on the server.
+    pub(super) refused: bool,
 }
 
 impl Txn {
@@ -33,6 +35,7 @@ impl Txn {
             resolved: FxHashSet::default(),
             kept: 0,
             keep_at_most,
+            refused: false,
         }
     }
 

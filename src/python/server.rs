@@ -43,7 +43,7 @@ impl PyServer {
         logging::refresh(py);
         let mut config = options.map(config_of).transpose()?.unwrap_or_default();
         config.addresses = addresses.iter().map(address_of).collect::<PyResult<_>>()?;
-        config.resolver = Arc::new(PythonResolver);
+        config.resolver = Arc::new(PythonResolver::default());
         let clients_resolve = config.client_conflict_resolution;
         let mut opened: Vec<(String, Arc<dyn Storage>)> = Vec::new();
         for (name, specification) in &storages {

@@ -1,6 +1,7 @@
-//! [`Committer`]: the one thread of a storage that finishes transactions.
+//! [`Committer`]: finishes the transactions of a storage, one group at a time.
 //!
-//! It takes every transaction that is ready, gives the group to the engine (one sync for all), and publishes each in tid
+//! A transaction that is alone (nobody else has voted) is finished by the task of its own connection, at once, where the
+//! disk is quick. Otherwise the committer's thread takes every transaction that is ready, gives the group to the engine (one sync for all), and publishes each in tid
 //! order: queue, invalidations of everybody else, then `info` and the reply of its own connection. Locks are released
 //! after that, so a queued voter reads the invalidation before its own vote is answered.
 //!
@@ -8,8 +9,9 @@
 //! waits for the finishes of transactions that have voted already, a client's round trip away. Not for longer than its
 //! last finishes took, not for one that let it wait in vain before, and not at all for a committer that is alone.
 //!
-//! Cost of a finish beside the engine's: one channel send and one thread switch to get here, one post (and wake-up) for
-//! each registered connection.
+//! Cost of a finish beside the engine's: one put for each registered connection, and one wake-up of it a group. Alone: the
+//! connection's thread hands its other tasks to another thread of the runtime (one futex wake), which is not waited for. In
+//! company: one channel send, and a thread switch there and back a group.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -17,6 +19,8 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
+
+use tokio::task::block_in_place;
 
 use super::hub::{Hub, count};
 use super::locks::LockGuard;
@@ -29,13 +33,13 @@ use crate::storage::{Committed, Result, StorageError, VotedTxn};
 pub(crate) struct Held {
     voted: Option<VotedTxn>,
     hub: Arc<Hub>,
-    _locks: LockGuard,
+    locks: LockGuard,
 }
 
 impl Held {
     pub(crate) fn new(hub: Arc<Hub>, locks: LockGuard, voted: VotedTxn) -> Self {
         hub.committer.held.fetch_add(1, Ordering::Relaxed);
-        Self { voted: Some(voted), hub, _locks: locks }
+        Self { voted: Some(voted), hub, locks }
     }
 }
 
@@ -64,6 +68,8 @@ pub(crate) struct FinishJob {
 pub(crate) struct Committer {
     /// Transactions that have voted and are not finished or aborted.
     held: AtomicUsize,
+    /// Held while a group is gathered and finished: whose turn it is to commit.
+    turn: Mutex<Patience>,
     jobs: Mutex<Option<Sender<FinishJob>>>,
     thread: Mutex<Option<JoinHandle<()>>>,
 }
@@ -75,9 +81,29 @@ impl Committer {
     pub(crate) fn new() -> (Self, CommitterThread) {
         let (sender, receiver) = channel();
         (
-            Self { held: AtomicUsize::new(0), jobs: Mutex::new(Some(sender)), thread: Mutex::new(None) },
+            Self {
+                held: AtomicUsize::new(0),
+                turn: Mutex::default(),
+                jobs: Mutex::new(Some(sender)),
+                thread: Mutex::new(None),
+            },
             CommitterThread(receiver),
         )
+    }
+
+    /// Finishes `job` here and now if nobody else is about to commit; gives it back otherwise. Blocks for the sync, in a
+    /// task of a runtime with several threads: its other tasks go on in another one meanwhile.
+    pub(crate) fn finish_alone(&self, hub: &Arc<Hub>, job: FinishJob) -> Option<FinishJob> {
+        // Its own is the only one: nothing is queued, nothing to be waited for.
+        if self.held.load(Ordering::Relaxed) != 1 || hub.capabilities.slow_calls {
+            return Some(job);
+        }
+        let Ok(mut patience) = self.turn.try_lock() else { return Some(job) };
+        if !patience.is_quick() {
+            return Some(job);
+        }
+        block_in_place(|| patience.measure(|| finish(hub, vec![job])));
+        None
     }
 
     /// Queues a finish; `reply` will be called whatever happens, unless the connection ends first.
@@ -108,13 +134,11 @@ impl CommitterThread {
         let name = format!("zeo commit {}", hub.id);
         let owner = Arc::clone(&hub);
         let run = move || {
-            let mut patience = Patience::default();
             while let Ok(first) = self.0.recv() {
                 let mut group = vec![first];
+                let mut patience = hub.committer.turn.lock().unwrap_or_else(PoisonError::into_inner);
                 patience.gather(&self.0, &hub.committer.held, &mut group);
-                let begin = Instant::now();
-                finish(&hub, group);
-                patience.took(begin.elapsed());
+                patience.measure(|| finish(&hub, group));
             }
         };
         let thread = std::thread::Builder::new().name(name).spawn(run);
@@ -136,6 +160,19 @@ struct Patience {
 impl Patience {
     /// Never longer than this, however slow the disk is.
     const MOST: Duration = Duration::from_millis(5);
+    /// A finish that takes longer than a few loads is not waited for by a connection.
+    const QUICK: Duration = Duration::from_millis(1);
+
+    /// Whether a connection may wait for a finish itself: the requests of its other threads wait as long.
+    fn is_quick(&self) -> bool {
+        !self.finish.is_zero() && self.finish <= Self::QUICK
+    }
+
+    fn measure(&mut self, finish: impl FnOnce()) {
+        let begin = Instant::now();
+        finish();
+        self.took(begin.elapsed());
+    }
 
     fn took(&mut self, finish: Duration) {
         self.finish = (self.finish * 7 + finish) / 8;
@@ -171,7 +208,7 @@ fn finish(hub: &Arc<Hub>, mut group: Vec<FinishJob>) {
     let mut jobs: Vec<Option<FinishJob>> = group.into_iter().map(Some).collect();
     let mut finished = Vec::with_capacity(jobs.len());
     let mut publish = |committed: &Committed| {
-        let Some(FinishJob { held, listener, mailbox, reply }) =
+        let Some(FinishJob { mut held, listener, mailbox, reply }) =
             jobs.get_mut(committed.index).and_then(Option::take)
         else {
             return;
@@ -182,9 +219,10 @@ fn finish(hub: &Arc<Hub>, mut group: Vec<FinishJob>) {
         let own = |publication| {
             // before the answer: whoever knows of the commit finds it counted
             count(&hub.stats.commits);
-            mailbox.post(Event::Committed { publication, info, reply });
+            mailbox.put(Event::Committed { publication, info, reply });
         };
         hub.publish(tid, Arc::clone(&committed.oids), listener, own);
+        held.locks.changed();
         finished.push(held);
     };
     hub.finishing();

@@ -18,7 +18,7 @@ use bytes::{Buf, BytesMut};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::net::{TcpStream, UnixStream};
 use tokio::sync::watch;
-use tokio::time::{sleep_until, timeout};
+use tokio::time::{Sleep, sleep_until, timeout};
 
 use super::Shared;
 use super::blobs::BlobStream;
@@ -181,6 +181,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Connection<S> {
     async fn run(&mut self, mut stop: watch::Receiver<bool>) -> End {
         let mailbox = Arc::clone(&self.session.mailbox);
         let mut stop_at = None;
+        let mut alarm = Alarm::default();
         loop {
             self.session.listen();
             let served_all = self.serve_received();
@@ -201,7 +202,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Connection<S> {
             if stop_at.is_some() && !self.session.is_committing() && self.session.out.is_empty() {
                 return End::Stop;
             }
-            let deadline = self.session.deadline();
+            alarm.set(self.session.deadline());
             let may_serve = self.session.may_serve();
             if may_serve {
                 self.received.reserve(self.frames.room_wanted(&self.received).max(READ));
@@ -211,9 +212,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Connection<S> {
                 biased;
                 () = mailbox.filled(), if session.may_listen() => {}
                 () = mailbox.until_condemned(), if !session.may_listen() => {}
-                () = sleep_until(deadline.unwrap_or_else(Instant::now).into()), if deadline.is_some() => {
-                    session.time_out();
-                }
+                () = alarm.rings(), if alarm.is_set() => session.look_at_deadline(),
                 () = sleep_until(stop_at.unwrap_or_else(Instant::now).into()), if stop_at.is_some() => return End::Stop,
                 _ = stop.changed(), if stop_at.is_none() => {}
                 done = transfer(socket, &mut session.out, received, &mut session.stream, may_serve) => match done {
@@ -240,6 +239,33 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Connection<S> {
             }
         }
         false
+    }
+}
+
+/// Rings when a transaction may have held its locks for too long, or when an earlier one would have.
+///
+/// A transaction that ends in time leaves it set: a timer that is set and taken back with every commit costs two
+/// wake-ups of the runtime's driver, this one costs one early ring for each timeout.
+#[derive(Default)]
+struct Alarm(Option<Pin<Box<Sleep>>>);
+
+impl Alarm {
+    fn is_set(&self) -> bool {
+        self.0.is_some()
+    }
+
+    /// Deadlines of one connection only move on, so one that is set already is not too late.
+    fn set(&mut self, deadline: Option<Instant>) {
+        if let (None, Some(deadline)) = (&self.0, deadline) {
+            self.0 = Some(Box::pin(sleep_until(deadline.into())));
+        }
+    }
+
+    async fn rings(&mut self) {
+        if let Some(sleep) = &mut self.0 {
+            sleep.await;
+            self.0 = None;
+        }
     }
 }
 

@@ -88,8 +88,15 @@ impl Registry {
         self.queue.push_front((publication.tid, Arc::clone(&publication.oids)));
         for (id, mailbox) in &self.listeners {
             if Some(*id) != except {
-                mailbox.post(Event::Published(Arc::clone(publication)));
+                mailbox.put(Event::Published(Arc::clone(publication)));
             }
+        }
+    }
+
+    /// Wakes every connection that was told something.
+    fn ring(&self) {
+        for mailbox in self.listeners.values() {
+            mailbox.ring();
         }
     }
 
@@ -238,11 +245,15 @@ impl Hub {
         self.registry().held_back.get_or_insert_default();
     }
 
+    /// The group is finished: every connection is woken for what [`Self::publish`] put into its mailbox.
     pub(crate) fn finished(&self) {
-        self.registry().let_through(None);
+        let mut registry = self.registry();
+        registry.let_through(None);
+        registry.ring();
     }
 
-    /// Announces a committed transaction to everybody but its own connection, `committer`, for which `post` does it.
+    /// Announces a committed transaction to everybody but its own connection, `committer`, for which `put` does it. Nobody
+    /// is woken before [`Self::finished`].
     ///
     /// That comes last, so that whoever hears of the commit from its committer finds it in every mailbox; and in the same
     /// critical section, so that the next transaction comes after it.
@@ -251,13 +262,13 @@ impl Hub {
         tid: Tid,
         oids: Arc<[Oid]>,
         committer: u64,
-        post: impl FnOnce(Arc<Publication>),
+        put: impl FnOnce(Arc<Publication>),
     ) {
         let mut registry = self.registry();
         registry.let_through(Some(tid));
         let publication = Arc::new(Publication::new(tid, oids));
         registry.announce(&publication, Some(committer));
-        post(publication);
+        put(publication);
     }
 
     /// After a pack.
@@ -333,7 +344,10 @@ impl InvalidationSink for Below {
             let mut registry = hub.registry();
             match &mut registry.held_back {
                 Some(held_back) => held_back.push((tid, oids.into())),
-                None => registry.announce_below(tid, oids.into()),
+                None => {
+                    registry.announce_below(tid, oids.into());
+                    registry.ring();
+                }
             }
         }
     }

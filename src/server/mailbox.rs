@@ -5,7 +5,8 @@
 //! A client that does not read makes its mailbox grow: invalidations are counted, and beyond a limit the connection is
 //! dropped (the client verifies its cache when it comes back) and nothing more is kept for it.
 //!
-//! Cost of a post: one uncontended mutex, one push, and a wake-up of the connection's task if it sleeps.
+//! Cost of a post: one uncontended mutex, one push, and a wake-up of the connection's task if it sleeps. What a group of
+//! commits publishes is put in first and rung for once, so that a client wakes once for all of it.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -153,8 +154,21 @@ impl Mailbox {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Appends `event`, or drops it (releasing what it holds) if the connection has ended.
+    /// Appends `event`, or drops it (releasing what it holds) if the connection has ended; wakes the connection.
     pub(crate) fn post(&self, event: Event) {
+        self.put(event);
+        self.ring();
+    }
+
+    /// Wakes the connection if there is something for it.
+    pub(crate) fn ring(&self) {
+        if self.filled.load(Ordering::Acquire) {
+            self.wake.notify_one();
+        }
+    }
+
+    /// As [`Self::post`], but the connection is woken by [`Self::ring`]: of several events in a row it is to hear at once.
+    pub(crate) fn put(&self, event: Event) {
         let weight = match &event {
             Event::Published(publication) => publication.weight(),
             _ => 0,
@@ -175,7 +189,6 @@ impl Mailbox {
         state.events.push_back(event);
         drop(state);
         self.filled.store(true, Ordering::Release);
-        self.wake.notify_one();
     }
 
     /// The connection is to be closed for this reason, even if it is busy or its client does not read.

@@ -15,11 +15,12 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use tokio::runtime::RuntimeFlavor;
 
 use super::commit::{FinishJob, Held};
 use super::fault;
 use super::hub::{Hub, count};
-use super::locks::{LockGuard, LockSet};
+use super::locks::{LockGuard, LockSet, News};
 use super::mailbox::Event;
 use super::session::{Outcome, ReplyTo, Served, Session, own};
 use super::staging::Staging;
@@ -240,8 +241,13 @@ impl Session {
         let set = LockSet::of(&txn.staging.txn, hub.capabilities.concurrent_votes);
         txn.vote = vote;
         self.votes = vote;
-        let granted = move || mailbox.post(Event::Continue(Box::new(move |session| session.granted(vote))));
-        let (locks, now) = hub.locks.request(&set, who.into(), granted);
+        let wake = move |news| {
+            mailbox.post(Event::Continue(Box::new(move |session: &mut Self| match news {
+                News::Granted => session.granted(vote),
+                News::Changed => session.give_up_if_lost(vote),
+            })));
+        };
+        let (locks, now) = hub.locks.request(&set, who.into(), wake);
         let to = to.take();
         if now {
             hub.stats.lock_wait_seconds.record(Duration::ZERO);
@@ -252,8 +258,31 @@ impl Session {
             if waiting > 9 {
                 tracing::warn!(storage = %hub.id, client = %self.who(), waiting, "many transactions wait for locks");
             }
+            self.give_up_if_lost(vote);
         }
         Ok(Outcome::Later)
+    }
+
+    /// Ends a vote that waits for locks if it is bound to fail when it gets them, so that its client can try again, and
+    /// so that those behind it need not wait until it has failed.
+    fn give_up_if_lost(&mut self, vote: u64) {
+        let Some(hub) = self.registration.as_ref().map(|registration| Arc::clone(&registration.hub)) else {
+            return;
+        };
+        let Some(txn) = self.txn.as_mut().filter(|txn| txn.vote == vote && txn.is_small()) else { return };
+        if hub.capabilities.slow_calls || hub.options.client_conflict_resolution {
+            return;
+        }
+        let Some(error) = lost(&hub, &txn.staging.txn) else { return };
+        match std::mem::replace(&mut txn.phase, Phase::Voting { since: Instant::now() }) {
+            Phase::Waiting { locks, to, asked } => {
+                hub.stats.lock_wait_seconds.record(asked.elapsed());
+                let verdict = Verdict::Failed(error, locks);
+                let then = move |session: &mut Self| session.voted(&hub, vote, to, verdict);
+                self.mailbox.post(Event::Continue(Box::new(then)));
+            }
+            other => txn.phase = other,
+        }
     }
 
     /// The locks that a vote waited for are there.
@@ -271,7 +300,7 @@ impl Session {
         }
     }
 
-    /// Votes: here if that is short and needs no conflict resolution, else on a worker thread. The answer comes through
+    /// Votes: here if that is short and there is no conflict that may be resolved, else on a worker thread. The answer comes through
     /// the mailbox in either case, behind everything that was published before the locks were granted.
     fn start_vote(&mut self, hub: &Arc<Hub>, locks: LockGuard, to: ReplyTo) {
         let Some(txn) = &mut self.txn else { return };
@@ -283,7 +312,11 @@ impl Session {
             let resolver: &dyn ConflictResolver = if asks_client { &AskClient } else { &NoResolution };
             let verdict = judge(hub, txn.staging.txn.clone(), resolver, locks);
             locks = match verdict {
-                Verdict::Failed(StorageError::Conflict(_), locks) if !asks_client => locks,
+                Verdict::Failed(StorageError::Conflict(ref conflict), locks)
+                    if !asks_client && hub.options.resolver.may_resolve(&conflict.data) =>
+                {
+                    locks
+                }
                 verdict => {
                     let hub = Arc::clone(hub);
                     let then = move |session: &mut Self| session.voted(&hub, vote, to, verdict);
@@ -360,7 +393,12 @@ impl Session {
             );
         });
         let listener = self.registration.as_ref().map_or(u64::MAX, |registration| registration.id);
-        hub.committer.submit(FinishJob { held, listener, mailbox: Arc::clone(&self.mailbox), reply });
+        let job = FinishJob { held, listener, mailbox: Arc::clone(&self.mailbox), reply };
+        let may_block = self.runtime.runtime_flavor() == RuntimeFlavor::MultiThread;
+        let job = if may_block { hub.committer.finish_alone(hub, job) } else { Some(job) };
+        if let Some(job) = job {
+            hub.committer.submit(job);
+        }
         Ok(Outcome::Later)
     }
 
@@ -375,9 +413,12 @@ impl Session {
         Ok(Outcome::Reply(Value::None))
     }
 
-    /// The transaction has held its locks for too long.
-    pub(crate) fn time_out(&mut self) {
+    /// Closes the connection if its transaction has held its locks for too long.
+    pub(crate) fn look_at_deadline(&mut self) {
         let Some(txn) = &self.txn else { return };
+        if txn.deadline().is_none_or(|deadline| Instant::now() < deadline) {
+            return;
+        }
         let age = txn.since().map_or(Duration::ZERO, |since| since.elapsed());
         let storage = self.registration.as_ref().map_or("", |registration| &registration.hub.id);
         let critical = true;
@@ -402,6 +443,33 @@ fn judge(hub: &Arc<Hub>, staged: StagedTxn, resolver: &dyn ConflictResolver, loc
         Ok(VoteOutcome::Conflicts(conflicts)) => Verdict::Conflicts(conflicts),
         Err(error) => Verdict::Failed(error, locks),
     }
+}
+
+/// The conflict in which the vote of `staged` will end, whoever commits before: what it is based on was replaced by a
+/// transaction that is published, so that the answer, written after its invalidation, tells the client nothing new.
+///
+/// Cost: an index lookup and a `pread` for each operation.
+fn lost(hub: &Hub, staged: &StagedTxn) -> Option<StorageError> {
+    let published = hub.registry().last_tid();
+    let replaced = |oid, read| {
+        let committed = hub.storage.current_tid(oid).ok()?;
+        (committed != read && committed <= published).then_some(committed)
+    };
+    staged.ops.iter().find_map(|op| match op {
+        Op::Store { oid, serial, data, .. } => {
+            let committed = replaced(*oid, *serial)?;
+            let data = data.to_bytes().ok()?;
+            if hub.options.resolver.may_resolve(&data) {
+                return None;
+            }
+            Some(StorageError::Conflict(Box::new(Conflict { oid: *oid, committed, read: *serial, data })))
+        }
+        Op::CheckCurrent { oid, serial } => {
+            let committed = replaced(*oid, *serial)?;
+            Some(StorageError::ReadConflict { oid: *oid, committed, read: *serial })
+        }
+        _ => None,
+    })
 }
 
 /// Drops what may abort a voted transaction, where that cannot hold up this thread for long.

@@ -129,6 +129,11 @@ pub trait ConflictResolver: Send + Sync {
         conflict: &Conflict,
         committed_data: Option<Bytes>,
     ) -> Resolution;
+
+    /// False: it is known that conflicts of this record's class are never resolved. Asks nobody.
+    fn may_resolve(&self, _record: &[u8]) -> bool {
+        true
+    }
 }
 
 /// Resolver of storages without classes: every conflict fails.
@@ -138,6 +143,10 @@ pub struct NoResolution;
 impl ConflictResolver for NoResolution {
     fn resolve(&self, _: &dyn Storage, _: &Conflict, _: Option<Bytes>) -> Resolution {
         Resolution::Unresolved
+    }
+
+    fn may_resolve(&self, _: &[u8]) -> bool {
+        false
     }
 }
 

@@ -3,10 +3,11 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
 use zeo_rs::ids::{Oid, Tid};
 use zeo_rs::pickle::Value;
 use zeo_rs::server::{ServerConfig, ServerHandle};
-use zeo_rs::storage::{Storage, StorageError};
+use zeo_rs::storage::{Conflict, ConflictResolver, Resolution, Storage, StorageError};
 use zeo_rs::wire::{Call, Encoding, FaultKind, MessageId};
 
 use crate::peer::{Gated, PATIENCE, Peer, memory, serve};
@@ -83,6 +84,74 @@ fn a_vote_on_the_same_object_waits_and_reads_the_invalidation_first() {
     c.abort(1);
     assert_eq!(status(&mut a, "conflicts").as_int(), Some(1));
     assert_eq!(status(&mut a, "active_txns").as_int(), Some(0));
+}
+
+/// Merges what begins with `m`.
+struct Merges;
+
+impl ConflictResolver for Merges {
+    fn resolve(&self, _: &dyn Storage, _: &Conflict, _: Option<Bytes>) -> Resolution {
+        Resolution::Resolved("merged".into())
+    }
+
+    fn may_resolve(&self, record: &[u8]) -> bool {
+        record.starts_with(b"m")
+    }
+}
+
+#[test]
+fn who_has_lost_does_not_wait_for_the_rest_of_its_locks() {
+    let config = ServerConfig { resolver: Arc::new(Merges), ..ServerConfig::default() };
+    let server = serve(config, memory());
+    let (mut a, mut holder) = two(&server);
+    let first = a.commit(1, Tid::ZERO, b"x").unwrap();
+    holder.begin(1);
+    holder.store(1, 2, Tid::ZERO, b"held to the end");
+    holder.vote(1).unwrap();
+    a.begin(1);
+    a.store(1, 1, first, b"y");
+    a.vote(1).unwrap();
+    // All of them want the object of `holder` too, so none is granted its locks before the end.
+    let mut waiting = Vec::new();
+    for data in [&b"lost"[..], b"may be merged", b"checks"] {
+        let mut peer = Peer::new(&server, Encoding::Msgpack);
+        peer.begin(1);
+        if data == b"checks" {
+            peer.cast(Call::CheckCurrentSerial { oid: Oid(1), serial: first, txn: Value::Int(1) });
+        } else {
+            peer.store(1, 1, first, data);
+        }
+        peer.store(1, 2, Tid::ZERO, b"m");
+        let id = send_vote(&mut peer, 1);
+        until(&mut a, "waiting", waiting.len() as i64 + 1);
+        waiting.push((peer, id));
+    }
+    let second = a.finish(1).unwrap();
+    let (mut merged, merged_id) = waiting.remove(1);
+    for ((mut peer, id), read) in waiting.into_iter().zip([false, true]) {
+        let fault = peer.answer(&id).unwrap_err();
+        assert_eq!(peer.invalidations(), [(second, vec![Oid(1)])], "before the answer");
+        let FaultKind::Conflict { oid, serials, is_read, .. } = fault.kind() else { panic!("{fault:?}") };
+        assert_eq!((serials, is_read), (Some((second, first)), read));
+        assert!(read || oid == Some(Oid(1)));
+        // The transaction has ended: the next can begin.
+        peer.begin(2);
+        peer.ping();
+    }
+    // One that comes too late need not wait either.
+    let mut late = Peer::new(&server, Encoding::Pickle);
+    late.begin(1);
+    late.store(1, 1, first, b"lost");
+    late.store(1, 2, Tid::ZERO, b"x");
+    late.vote(1).unwrap_err();
+    until(&mut a, "waiting", 1);
+    assert_eq!(status(&mut a, "conflicts").as_int(), Some(3));
+    let third = holder.finish(1).unwrap();
+    // What may be resolved has waited, and is, also against the later commit.
+    assert_eq!(merged.answer(&merged_id).unwrap().as_items().unwrap(), [Oid(1).into(), Oid(2).into()]);
+    assert_eq!(merged.invalidations(), [(second, vec![Oid(1)]), (third, vec![Oid(2)])]);
+    merged.finish(1).unwrap();
+    assert_eq!(a.load(1, Tid::MAX).unwrap().unwrap().0, "merged");
 }
 
 #[test]
@@ -184,6 +253,10 @@ fn a_client_that_vanishes_leaves_nothing_behind() {
                 Stage::Voted => drop(gone.vote(1).unwrap()),
                 Stage::Finishing => {
                     gone.vote(1).unwrap();
+                    // Not alone, or its connection would wait for the storage itself.
+                    holder.begin(1);
+                    holder.store(1, 2, Tid::ZERO, b"held");
+                    holder.vote(1).unwrap();
                     storage.finishes.shut();
                     gone.send(&Call::TpcFinish { txn: Value::Int(1) }, false);
                     storage.finishes.wait_for(2);
@@ -198,7 +271,7 @@ fn a_client_that_vanishes_leaves_nothing_behind() {
             drop(gone);
             until(&mut a, "connections", 2);
             storage.finishes.open();
-            if matches!(stage, Stage::Waiting) {
+            if matches!(stage, Stage::Waiting | Stage::Finishing) {
                 until(&mut a, "waiting", 0);
                 holder.abort(1);
             }
