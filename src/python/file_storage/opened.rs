@@ -6,7 +6,7 @@ use bytes::Bytes;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
-use super::super::convert::{data_arg, oid_bytes, tid_bytes};
+use super::super::convert::{OrRaise, data_arg, oid_bytes, tid_bytes};
 use super::super::errors;
 use super::publishing::{Publishing, Seen};
 use super::{FileStorageBase, locked};
@@ -38,20 +38,24 @@ pub(super) struct Opened {
 }
 
 impl Opened {
-    /// The newest revision before `before`. A reader that may have learnt of a transaction from its callback waits until
-    /// that transaction can be seen.
+    /// `make` of data, tid and end of the newest revision before `before`. A reader that may have learnt of a transaction
+    /// from its callback waits until that transaction can be seen.
     ///
-    /// Cost: two atomic loads beside the engine's.
-    pub(super) fn load_published(
+    /// Cost: two atomic loads beside the engine's; `make` gets the data in the engine's read buffer.
+    pub(super) fn load_with<T>(
         &self,
         py: Python<'_>,
         oid: Oid,
         before: Tid,
-    ) -> Result<Option<Loaded>, StorageError> {
-        self.as_published(py, before, || match self.engine.try_load_before(oid, before) {
-            Err(StorageError::WouldBlock) => py.detach(|| self.engine.load_before(oid, before)),
+        make: impl Fn(&[u8], Tid, Option<Tid>) -> PyResult<T>,
+    ) -> PyResult<Option<T>> {
+        let read = || match self.engine.try_load_before_with(oid, before, &make) {
+            Err(StorageError::WouldBlock) => py
+                .detach(|| self.engine.load_before(oid, before))
+                .map(|found| found.map(|Loaded { data, tid, end_tid }| make(&data, tid, end_tid))),
             answer => answer,
-        })
+        };
+        self.as_published(py, before, read).or_raise(py)?.transpose()
     }
 
     /// What `read` answers, of a state that all with a view `before` some tid may see.

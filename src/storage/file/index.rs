@@ -168,10 +168,11 @@ impl Index {
 
     /// The part of a block that belongs to one chunk. Half a chunk or more makes it a chunk at once.
     fn extend_chunk(&self, base: u64, group: &[[u8; 2]], places: &[[u8; 6]], possible: &Range<u64>) -> bool {
-        let mut ok = true;
+        // Least and greatest position: cheaper to keep than a look at each, and checked below.
+        let (mut low, mut high) = (u64::MAX, 0);
         let mut decode = |place: &[u8; 6]| {
             let pos = unpack(*place);
-            ok &= possible.contains(&pos);
+            (low, high) = (low.min(pos), high.max(pos));
             pos
         };
         let suffix = |bytes: &[u8; 2]| u16::from_be_bytes(*bytes);
@@ -206,7 +207,7 @@ impl Index {
                 }
             }
         }
-        ok
+        group.is_empty() || (possible.contains(&low) && possible.contains(&high))
     }
 
     fn insert_sparse(&self, oid: u64, pos: u64) -> Option<u64> {

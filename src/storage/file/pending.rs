@@ -294,6 +294,12 @@ impl FileStorage {
         if start > quota { Err(StorageError::Quota(quota)) } else { Ok(()) }
     }
 
+    /// Whether `vote_pending` would make no system call: nothing but memory is needed, and space is promised already. It is
+    /// a guess when others vote at the same time.
+    pub fn votes_at_once(&self, txn: &Pending) -> bool {
+        txn.blobs.is_empty() && self.space.has_room(self.current.load().end(), txn.len)
+    }
+
     /// Promises that the transaction can be finished: reserves its disk space and makes its blob files ready (synced and
     /// on the right file system). From here on the blob files belong to the storage.
     pub fn vote_pending(&self, txn: Pending) -> Result<VotedTxn> {

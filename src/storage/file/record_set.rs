@@ -27,6 +27,12 @@ impl RecordSet {
         self.words.get(word).is_some_and(|word| word.fetch_or(bit, Ordering::Relaxed) & bit == 0)
     }
 
+    /// Takes the record at `pos` out; `false` if it was not there. By any thread.
+    pub(super) fn remove(&self, pos: u64) -> bool {
+        let (word, bit) = Self::place(pos);
+        self.words.get(word).is_some_and(|word| word.fetch_and(!bit, Ordering::Relaxed) & bit != 0)
+    }
+
     pub(super) fn contains(&self, pos: u64) -> bool {
         let (word, bit) = Self::place(pos);
         self.words.get(word).is_some_and(|word| word.load(Ordering::Relaxed) & bit != 0)
@@ -56,6 +62,8 @@ mod tests {
             assert!(records.iter().step_by(2).all(|&pos| !kept.insert(pos) && kept.contains(pos)));
             assert!(records.iter().skip(1).step_by(2).all(|&pos| !kept.contains(pos)));
             assert_eq!(kept.len(), 95);
+            assert!(kept.remove(start) && !kept.remove(start) && !kept.remove(start + 43));
+            assert_eq!((kept.len(), kept.contains(start), kept.contains(start + 86)), (94, false, true));
         }
         assert!(!kept.insert(u64::MAX) && !kept.contains(u64::MAX));
     }

@@ -43,6 +43,11 @@ impl Space {
         Ok(reservation)
     }
 
+    /// Whether `reserve` would find space promised already. Waits for nothing.
+    pub(super) fn has_room(&self, end: u64, len: u64) -> bool {
+        self.reserved_to.try_lock().is_ok_and(|reserved_to| end + self.outstanding() + len <= *reserved_to)
+    }
+
     /// What was reserved has been given back, or is of another file.
     pub(super) fn forget(&self) {
         *self.reserved_to.lock().unwrap_or_else(PoisonError::into_inner) = 0;

@@ -17,16 +17,16 @@ use crate::storage::{
 };
 
 impl FileStorage {
-    /// `load_before` without a copy of its own: `with` gets the data in the thread's read buffer, the tid and the tid of
-    /// the next newer revision.
-    pub fn load_before_with<R>(
+    /// `try_load_before` without a copy of its own: `with` gets the data in the thread's read buffer, the tid and the tid
+    /// of the next newer revision.
+    pub fn try_load_before_with<R>(
         &self,
         oid: Oid,
         before: Tid,
         with: impl FnOnce(&[u8], Tid, Option<Tid>) -> R,
     ) -> Result<Option<R>> {
         let with = |data: Payload<'_>, tid, end_tid| with(data.as_slice(), tid, end_tid);
-        self.reading()?.load_before(oid, before, Wait::Yes, with)
+        self.reading()?.load_before(oid, before, Wait::No, with)
     }
 
     fn loaded(&self, oid: Oid, before: Tid, wait: Wait) -> Result<Option<Loaded>> {

@@ -8,7 +8,10 @@
 //!    pack time and are alive today.
 //!
 //! Objects are visited in waves, each in file order, so that a wave reads the file front to back; a wave of many
-//! objects is shared by two threads. Memory: 8 bytes an object (the positions as of the pack time) and the wave.
+//! objects is shared by two threads. Memory: 8 bytes an object (the positions as of the pack time) and the waves
+//! ([`Frontier`]: at most one byte an object).
+
+use std::sync::{Mutex, PoisonError};
 
 use rustc_hash::FxHashSet;
 
@@ -19,6 +22,7 @@ use super::super::pace::Pace;
 use super::super::record_set::RecordSet;
 use super::super::walk::{RecordAt, Walk};
 use super::super::window::Window;
+use super::frontier::Frontier;
 use crate::ids::{Oid, Tid};
 use crate::storage::{References, Result, StorageError};
 
@@ -29,6 +33,8 @@ const SHARED: usize = 1 << 12;
 const THREADS: usize = 2;
 /// Objects of a wave closer than this are read together.
 const NEAR: u64 = 32 << 10;
+/// What a thread finds goes to the frontier in portions of about this size.
+const PORTION: usize = 1 << 10;
 
 /// The state as of the pack time.
 pub(super) struct AtPackTime {
@@ -141,19 +147,27 @@ pub(super) fn keep_reachable(
     references: &dyn References,
     pace: &mut Pace<'_>,
 ) -> Result<Marked> {
-    let marker = Marker { file, name, at, references, kept: RecordSet::below(at.pack_pos) };
+    let marker = Marker {
+        file,
+        name,
+        at,
+        references,
+        kept: RecordSet::below(at.pack_pos),
+        frontier: Mutex::new(Frontier::new(at.pack_pos, at.current.len())),
+    };
     pace.enter("mark", 0, at.current.len())?;
     match at.current.get(Oid::ROOT) {
         Some(root) => {
             marker.kept.insert(root);
-            marker.spread(vec![root], true, pace)?;
+            marker.frontier().add(root);
+            marker.spread(true, pace)?;
         }
         // Packed to a time before the database was made.
         None if at.current.is_empty() => {}
         None => return Err(StorageError::Dangling { oid: Oid::ROOT, referrer: Oid::ROOT }),
     }
-    let (roots, targets) = marker.later_roots(end, pace)?;
-    marker.spread(roots, false, pace)?;
+    let targets = marker.later_roots(end, pace)?;
+    marker.spread(false, pace)?;
     Ok(Marked { kept: marker.kept, targets })
 }
 
@@ -163,39 +177,47 @@ struct Marker<'a> {
     at: &'a AtPackTime,
     references: &'a dyn References,
     kept: RecordSet,
+    /// Kept, but not visited yet. Locked for a portion of positions at a time.
+    frontier: Mutex<Frontier>,
 }
 
 impl Marker<'_> {
-    /// Keeps what the records at `wave` reach. Each record is visited once: by whoever set its bit.
-    fn spread(&self, mut wave: Vec<u64>, strict: bool, pace: &mut Pace<'_>) -> Result<()> {
-        while !wave.is_empty() {
-            wave.sort_unstable();
-            let mut next = Vec::new();
+    fn frontier(&self) -> std::sync::MutexGuard<'_, Frontier> {
+        self.frontier.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Keeps what the records of the frontier reach. Each record is visited once: by whoever set its bit.
+    fn spread(&self, strict: bool, pace: &mut Pace<'_>) -> Result<()> {
+        loop {
+            let wave = self.frontier().next_wave(&self.at.current);
+            if wave.is_empty() {
+                return Ok(());
+            }
             for batch in wave.chunks(BATCH) {
                 if batch.len() < SHARED {
-                    next.append(&mut self.visit(batch, strict)?);
+                    self.visit(batch, strict)?;
                 } else {
-                    let shares: Vec<Result<Vec<u64>>> = std::thread::scope(|scope| {
+                    std::thread::scope(|scope| {
                         let share = batch.len().div_ceil(THREADS);
                         let threads: Vec<_> = batch
                             .chunks(share)
                             .map(|share| scope.spawn(|| self.visit(share, strict)))
                             .collect();
-                        threads.into_iter().map(|thread| thread.join().unwrap_or_else(|_| died())).collect()
-                    });
-                    for share in shares {
-                        next.append(&mut share?);
-                    }
+                        // All of them are waited for, whatever one answers.
+                        let answers: Vec<Result<()>> = threads
+                            .into_iter()
+                            .map(|thread| thread.join().unwrap_or_else(|_| died()))
+                            .collect();
+                        answers.into_iter().collect::<Result<()>>()
+                    })?;
                 }
                 pace.advance(0, batch.len() as u64)?;
             }
-            wave = next;
         }
-        Ok(())
     }
 
-    /// The records that the records at `positions` (ascending) refer to and that were not kept before.
-    fn visit(&self, positions: &[u64], strict: bool) -> Result<Vec<u64>> {
+    /// Adds what the records at `positions` (ascending) refer to, and was not kept before, to the frontier.
+    fn visit(&self, positions: &[u64], strict: bool) -> Result<()> {
         let mut window = Window::new(self.file, self.name);
         let (mut oids, mut found) = (Vec::new(), Vec::new());
         for (i, &pos) in positions.iter().enumerate() {
@@ -210,14 +232,17 @@ impl Marker<'_> {
                     _ => {}
                 }
             }
+            if found.len() >= PORTION {
+                self.frontier().extend(&mut found);
+            }
         }
-        Ok(found)
+        self.frontier().extend(&mut found);
+        Ok(())
     }
 
-    /// Reads what came after the pack time: records to start from (kept by now), and targets of back-pointers.
-    fn later_roots(&self, end: u64, pace: &mut Pace<'_>) -> Result<(Vec<u64>, Vec<u64>)> {
-        let (mut roots, mut targets) = (Vec::new(), FxHashSet::default());
-        let mut oids = Vec::new();
+    /// Reads what came after the pack time: what it needs goes to the frontier. Answers the targets of back-pointers.
+    fn later_roots(&self, end: u64, pace: &mut Pace<'_>) -> Result<Vec<u64>> {
+        let (mut targets, mut oids, mut found) = (FxHashSet::default(), Vec::new(), Vec::new());
         let mut walk = Walk::new(self.file, self.name, self.at.pack_pos, end, true);
         while let Some(txn) = walk.next_txn()? {
             if txn.header.status == status::UNDONE {
@@ -226,21 +251,25 @@ impl Marker<'_> {
             while let Some(record) = walk.next_record()? {
                 if record.back > 0 && record.back < self.at.pack_pos {
                     if targets.insert(record.back) && self.kept.insert(record.back) {
-                        roots.push(record.back);
+                        self.frontier().add_always(record.back);
                     }
                 } else if record.header.plen > 0 {
                     oids.clear();
                     let data = walk.payload(&record)?;
                     later_references(self.references, self.name, &record, data, &mut oids)?;
                     let later = oids.iter().filter_map(|&oid| self.at.current.get(oid));
-                    roots.extend(later.filter(|&pos| self.kept.insert(pos)));
+                    found.extend(later.filter(|&pos| self.kept.insert(pos)));
+                    if found.len() >= PORTION {
+                        self.frontier().extend(&mut found);
+                    }
                 }
                 pace.advance(DATA_HEADER_LEN as u64 + record.header.body_len(), 0)?;
             }
         }
+        self.frontier().extend(&mut found);
         let mut targets: Vec<u64> = targets.into_iter().collect();
         targets.sort_unstable();
-        Ok((roots, targets))
+        Ok(targets)
     }
 }
 
