@@ -74,13 +74,20 @@ impl Records {
                 .or_raise(py)?
                 .map(|(_, records)| records),
         };
-        Ok(RecordReader(Mutex::new(records)))
+        Ok(RecordReader(Mutex::new(Reading { records, tid: None })))
     }
 }
 
-/// Iterator over the records of one transaction; empty from its end on.
+/// Iterator over the records of one transaction; empty from its end on. A record costs a copy of its data, and the objects
+/// of [`Record`]; the GIL is kept: what is not in memory is read in pieces of many records.
 #[pyclass(frozen, module = "zeo_rs._zeo", name = "_RecordReader")]
-pub(crate) struct RecordReader(Mutex<Option<Box<dyn RecordIterator>>>);
+pub(crate) struct RecordReader(Mutex<Reading>);
+
+struct Reading {
+    records: Option<Box<dyn RecordIterator>>,
+    /// The tid of the last record: the next one has the same, but for restored revisions.
+    tid: Option<(Tid, Py<PyBytes>)>,
+}
 
 #[pymethods]
 impl RecordReader {
@@ -89,15 +96,16 @@ impl RecordReader {
     }
 
     fn __next__(&self, py: Python<'_>) -> PyResult<Option<Record>> {
-        let mut records = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut reading = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let Reading { records, tid } = &mut *reading;
         let Some(next) = records.as_mut().map(|records| records.next_record()) else { return Ok(None) };
-        match next.or_raise(py)? {
-            Some(record) => Ok(Some(Record::new(py, &record))),
-            None => {
-                *records = None;
-                Ok(None)
-            }
-        }
+        let Some(record) = next.or_raise(py)? else {
+            *records = None;
+            return Ok(None);
+        };
+        let made = tid.take_if(|(known, _)| *known == record.tid);
+        let (_, made) = tid.insert(made.unwrap_or_else(|| (record.tid, tid_bytes(py, record.tid).unbind())));
+        Ok(Some(Record::new(py, &record, made.clone_ref(py))))
     }
 }
 
@@ -113,10 +121,11 @@ pub(crate) struct Record {
 }
 
 impl Record {
-    pub(crate) fn new(py: Python<'_>, record: &RecordInfo) -> Self {
+    /// `tid`: that of the record.
+    fn new(py: Python<'_>, record: &RecordInfo, tid: Py<PyBytes>) -> Self {
         Self {
             oid: oid_bytes(py, record.oid).unbind(),
-            tid: tid_bytes(py, record.tid).unbind(),
+            tid,
             data: record.data.as_ref().map(|data| PyBytes::new(py, data).unbind()),
             data_txn: record.data_txn.map(|tid| tid_bytes(py, tid).unbind()),
         }

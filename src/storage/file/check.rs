@@ -7,7 +7,7 @@
 //! 3. *index*: what NAME.index says, if it would be used.
 //!
 //! Nothing is written. A file in use may be checked: what is appended after the start is not looked at, and an unfinished
-//! transaction at the end is no fault. Memory: 8 bytes an object and 1/344 of the file's size, 16 bytes a blob file.
+//! transaction at the end is no fault. Memory: 4 to 8 bytes an object and 1/344 of the file's size, 16 bytes a blob file.
 //! Cost: two sequential reads of the file, one `pread` a back-pointer.
 
 mod content;

@@ -22,8 +22,8 @@ use crate::storage::{Result, StorageError};
 
 const PROTO: [u8; 2] = [0x80, 3];
 const STOP: u8 = b'.';
-/// The file is read in pieces: a few hundred kilobytes of memory whatever its size.
-const READ_SIZE: usize = 256 << 10;
+/// For what is between the blocks; a block, of at most 512 KiB, is read into a buffer of its own.
+const READ_SIZE: usize = 8 << 10;
 
 /// NAME + `suffix`.
 pub(super) fn beside(path: &Path, suffix: &str) -> PathBuf {

@@ -1,8 +1,10 @@
 //! Iteration over transactions and their records, in file order, as of the moment it began.
 //!
-//! Cost: one `pread` of [`READ_AHEAD`] bytes for as many transactions as fit, a copy of each record's data. A record
-//! iterator shares the piece that was read with its transaction iterator and goes on by itself where it ends.
+//! Cost: one `pread` of [`READ_AHEAD`] bytes for as many transactions as fit, and no copy: a record's data share the piece
+//! that was read (so whoever keeps them for long should copy them). A record iterator shares it with its transaction
+//! iterator, too, and goes on by itself where it ends.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -41,8 +43,7 @@ impl TxnIterator for Transactions {
     fn next_txn(&mut self) -> Result<Option<(TxnInfo, Box<dyn RecordIterator>)>> {
         while self.pos < self.end {
             let pos = self.pos;
-            let bytes = self.ahead.bytes(pos, TXN_HEADER_LEN, self.end)?;
-            let header = TxnHeader::parse(&bytes);
+            let header = TxnHeader::parse(self.ahead.peek(pos, TXN_HEADER_LEN, self.end)?);
             let header = header
                 .ok_or_else(|| self.ahead.snapshot.corrupted(pos, "transaction header beyond the end"))?;
             let next = self.ahead.snapshot.txn_end(pos, &header, self.end)?;
@@ -54,9 +55,9 @@ impl TxnIterator for Transactions {
             if header.status == status::UNDONE {
                 continue;
             }
-            let meta = self.ahead.bytes(pos + TXN_HEADER_LEN as u64, header.meta_len(), self.end)?;
+            let meta = self.ahead.peek(pos + TXN_HEADER_LEN as u64, header.meta_len(), self.end)?;
             // A copy: the entry may be kept long after the piece that was read.
-            let meta = split_meta(&header, Bytes::copy_from_slice(&meta));
+            let meta = split_meta(&header, Bytes::copy_from_slice(meta));
             let info = TxnInfo { tid: header.tid, status: header.status, meta };
             let records = Records {
                 ahead: self.ahead.clone(),
@@ -85,14 +86,14 @@ impl RecordIterator for Records {
             return Ok(None);
         }
         let at = self.at;
-        let head = self.ahead.bytes(at, DATA_HEADER_LEN + 8, self.end)?;
+        let head = self.ahead.peek(at, DATA_HEADER_LEN + 8, self.end)?;
+        let (header, back) = (DataHeader::parse(head), be64(head, DATA_HEADER_LEN).unwrap_or(0));
         let snapshot = &self.ahead.snapshot;
-        let header = DataHeader::parse(&head);
         let header = header.ok_or_else(|| snapshot.corrupted(at, "data record beyond the end"))?;
         let next = header.end(at).filter(|&e| e <= self.end && header.tloc == self.txn);
         let next = next.ok_or_else(|| snapshot.corrupted(at, "data record does not fit its transaction"))?;
         let (data, data_txn) = match header.plen {
-            0 => match be64(&head, DATA_HEADER_LEN).unwrap_or(0) {
+            0 => match back {
                 0 => (None, None),
                 back if back >= at => {
                     return Err(snapshot.corrupted(at, "back-pointer that does not point back"));
@@ -104,8 +105,7 @@ impl RecordIterator for Records {
             },
             plen => {
                 // Within the transaction, hence within the file.
-                let data = self.ahead.bytes(at + DATA_HEADER_LEN as u64, plen as usize, self.end)?;
-                (Some(Bytes::copy_from_slice(&data)), None)
+                (Some(self.ahead.bytes(at + DATA_HEADER_LEN as u64, plen as usize, self.end)?), None)
             }
         };
         self.at = next;
@@ -124,9 +124,23 @@ struct ReadAhead {
 
 impl ReadAhead {
     /// The bytes `pos..pos + len`, fewer if the file ends before. Reads ahead up to `limit`.
+    fn peek(&mut self, pos: u64, len: usize, limit: u64) -> Result<&[u8]> {
+        let range = self.range(pos, len, limit)?;
+        Ok(self.piece.get(range).unwrap_or_default())
+    }
+
+    /// As [`Self::peek`], to be kept for a while.
     fn bytes(&mut self, pos: u64, len: usize, limit: u64) -> Result<Bytes> {
-        if let Some(bytes) = self.inside(pos, len) {
-            return Ok(bytes);
+        let range = self.range(pos, len, limit)?;
+        Ok(self.piece.slice(range))
+    }
+
+    /// Where in the piece these bytes are, after reading the next one if they are not in this.
+    fn range(&mut self, pos: u64, len: usize, limit: u64) -> Result<Range<usize>> {
+        let from = pos.checked_sub(self.start).and_then(|from| usize::try_from(from).ok());
+        let inside = from.and_then(|from| Some(from..from.checked_add(len)?));
+        if let Some(inside) = inside.filter(|inside| inside.end <= self.piece.len()) {
+            return Ok(inside);
         }
         let left = usize::try_from(limit.saturating_sub(pos)).unwrap_or(usize::MAX);
         let want = len.max(READ_AHEAD.min(left));
@@ -138,12 +152,6 @@ impl ReadAhead {
         let n = snapshot.file.read_at(&mut buf, pos).map_err(|e| snapshot.io(e))?;
         buf.truncate(n);
         (self.piece, self.start) = (buf.into(), pos);
-        Ok(self.piece.slice(..len.min(n)))
-    }
-
-    fn inside(&self, pos: u64, len: usize) -> Option<Bytes> {
-        let from = usize::try_from(pos.checked_sub(self.start)?).ok()?;
-        let to = from.checked_add(len).filter(|&to| to <= self.piece.len())?;
-        Some(self.piece.slice(from..to))
+        Ok(0..len.min(n))
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! | file | what |
 //! | --- | --- |
-//! | `format`, `file`, `index` | headers; the file as the engine sees it; oid → position |
+//! | `format`, `file`, `index`, `chunk` | headers; the file as the engine sees it; oid → position |
 //! | `snapshot` | a file with its index, and reading records from it: the path of a load |
 //! | `transactions`, `samples`, `iterate` | walking over transactions |
 //! | `open`, `scan`, `index_file`, `lock`, `oids` | opening, recovery, the files beside Data.fs |
@@ -17,6 +17,7 @@
 //! The others are held for moments (`saved_index` while an index is saved).
 
 pub mod check;
+mod chunk;
 mod commit;
 pub mod dump;
 #[allow(clippy::module_inception)]

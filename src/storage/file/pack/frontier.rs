@@ -2,8 +2,8 @@
 //!
 //! A record that refers to a million objects would make a list of a million positions. So the list has room for
 //! a sixteenth of the objects; what does not fit is noted in a set of one bit a record, and found again by looking
-//! through the index, when the list has been worked off. That look starts only after a full list, so there are at
-//! most some 16 of them, each of a few nanoseconds an object.
+//! through the index, when the list has been worked off. Each look ends with a full list or with nothing left, and there
+//! is one only after a full list, so there are a few dozen of them at most, each of nanoseconds an object.
 
 use super::super::index::Index;
 use super::super::record_set::RecordSet;

@@ -8,7 +8,7 @@
 //!    pack time and are alive today.
 //!
 //! Objects are visited in waves, each in file order, so that a wave reads the file front to back; a wave of many
-//! objects is shared by two threads. Memory: 8 bytes an object (the positions as of the pack time) and the waves
+//! objects is shared by two threads. Memory: 4 to 8 bytes an object (the positions as of the pack time) and the waves
 //! ([`Frontier`]: at most one byte an object).
 
 use std::sync::{Mutex, PoisonError};

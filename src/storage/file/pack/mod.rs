@@ -12,7 +12,7 @@
 //! A packer of the application's own does the first three: `foreign`.
 //!
 //! Until the rename every failure, cancellation or crash leaves the storage as it was. Memory: the index as of the pack
-//! time (8 bytes an object), after marking instead of it the one of the packed file, and 1/344 of the file's size; while
+//! time (4 to 8 bytes an object), after marking instead of it the one of the packed file, and 1/344 of the file's size; while
 //! marking up to 1 byte an object and another 1/344.
 
 mod blobs;
