@@ -242,7 +242,8 @@ impl StorageFile for MemoryFile {
 }
 
 fn commit(storage: &FileStorage, oids: impl Iterator<Item = u64>, serial: Tid) -> Tid {
-    let store = |oid| Op::Store { oid: Oid(oid), serial, data: Bytes::from_static(&RECORD), blob: None };
+    let store =
+        |oid| Op::Store { oid: Oid(oid), serial, data: Bytes::from_static(&RECORD).into(), blob: None };
     let txn = StagedTxn { ops: oids.map(store).collect(), ..StagedTxn::default() };
     let Ok(VoteOutcome::Ready(voted)) = storage.vote(txn, &NoResolution) else { panic!("a conflict") };
     let mut committed = Tid::ZERO;

@@ -20,6 +20,11 @@ need() { # need COMMAND PACKAGE WHY
     fi
 }
 
+# As need, but what only some checks use is not worth ending here.
+want() { # want COMMAND PACKAGE WHY
+    (need "$@") || say "going on without $1"
+}
+
 find_python() {
     for candidate in "${PYTHON:-}" python3 python3.14 python3.13 python3.12 python3.11; do
         [ -n "$candidate" ] && command -v "$candidate" >/dev/null 2>&1 || continue
@@ -33,6 +38,8 @@ command -v cargo >/dev/null 2>&1 || die "missing: cargo. Install Rust 1.90 or ne
 need cc gcc "a C compiler and linker, used by the Rust toolchain and by ring"
 # crates with C code look for the headers of the C library, which gcc only recommends
 [ "$(uname -s)" != Linux ] || echo '#include <stdlib.h>' | cc -E - >/dev/null 2>&1 || need no-libc-headers libc6-dev "headers of the C library"
+
+if [ "$(uname -m)" = x86_64 ]; then want valgrind valgrind "counts instructions of the hot paths, scripts/instructions"; fi
 
 if [ ! -x "$VENV/bin/python" ] || ! "$VENV/bin/python" -m pip --version >/dev/null 2>&1; then
     find_python >/dev/null || need python3 python3 "Python 3.11 or newer"

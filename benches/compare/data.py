@@ -104,6 +104,22 @@ def database(directory, objects):
     return path
 
 
+def scattered(directory, objects):
+    """Path of a Data.fs of `objects` small records with random oids, with its index; generated on first use."""
+    path = os.path.join(directory, f"scattered-{objects}", "Data.fs")
+    if not os.path.exists(path + ".done"):
+        shutil.rmtree(os.path.dirname(path), ignore_errors=True)
+        os.makedirs(os.path.dirname(path))
+        storage, rng = FileStorage(path, create=True), random.Random(objects)
+        load, oids = _Loader(storage), {rng.getrandbits(63) for _ in range(objects)}
+        small = record({})
+        load.commit([(0, small)])
+        load.commit([(oid, small) for oid in oids])
+        storage.close()
+        open(path + ".done", "w").close()
+    return path
+
+
 def copy(source, directory, index=True):
     """A private copy of a database; returns its path."""
     os.makedirs(directory, exist_ok=True)

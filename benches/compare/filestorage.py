@@ -43,10 +43,13 @@ def opened(bench, source, objects):
 
 
 def index_memory(bench, source, objects):
-    paths = copies(bench, source)
-    bench.alternate("FileStorage", "memory of an open storage, an object", "bytes",
-                    lambda kind: job(bench, kind, "index_memory", paths[kind])["bytes"] / objects, engines(bench), rounds=1,
-                    target="<= 10 bytes")
+    few = bench.size(20_000, 300_000)
+    for what, database, count, target in (("sequential", source, objects, "<= 10 bytes"),
+                                          ("random", data.scattered(bench.data_dir, few), few, "<= 24 bytes")):
+        paths = copies(bench, database)
+        bench.alternate("FileStorage", f"memory of an open storage, an object, {what} oids", "bytes",
+                        lambda kind: job(bench, kind, "index_memory", paths[kind])["bytes"] / count, engines(bench),
+                        rounds=1, target=target)
 
 
 def load(bench, source, objects):

@@ -144,7 +144,7 @@ impl Snapshot {
             Wait::Yes => self.file.read_at(buf, pos).map_err(|e| self.io(e)),
             Wait::No => {
                 let read = self.file.try_read_at(buf, pos).map_err(|e| self.io(e))?;
-                read.ok_or(StorageError::WouldBlock)
+                read.ok_or_else(|| StorageError::WouldBlock)
             }
         }
     }
@@ -274,7 +274,7 @@ impl Snapshot {
         wait: Wait,
         with: impl FnOnce(Payload<'_>, Tid, Option<Tid>) -> R,
     ) -> Result<Option<R>> {
-        let mut pos = self.index.get(oid).ok_or(StorageError::NotFound(oid))?;
+        let mut pos = self.index.get(oid).ok_or_else(|| StorageError::NotFound(oid))?;
         let mut scratch = Scratch::take();
         let mut end_tid = None;
         loop {
@@ -306,7 +306,7 @@ impl Snapshot {
 
     /// The revision of `oid` that `serial` wrote.
     pub(super) fn load_serial(&self, oid: Oid, serial: Tid) -> Result<Bytes> {
-        let mut pos = self.index.get(oid).ok_or(StorageError::NotFound(oid))?;
+        let mut pos = self.index.get(oid).ok_or_else(|| StorageError::NotFound(oid))?;
         loop {
             let head = self.head_of(oid, pos)?;
             if head.header.tid == serial {
