@@ -171,7 +171,8 @@ impl Index {
         let positions = || places.iter().map(|place| unpack(*place));
         // Two passes over what is in the processor's cache: which table, and a look at each, come first.
         let (low, high) = positions().fold((u64::MAX, 0), |(low, high), pos| (low.min(pos), high.max(pos)));
-        if !group.is_empty() && !(possible.contains(&low) && possible.contains(&high)) {
+        // Of an empty group they are the end of all numbers and its beginning: not possible, and never given.
+        if !possible.contains(&low) || !possible.contains(&high) {
             return false;
         }
         let first = base | group.first().map_or(0, |bytes| u64::from(suffix(bytes)) & !(CHUNK as u64 - 1));
