@@ -2,7 +2,25 @@
 
 from importlib import import_module
 
-from zeo_rs._zeo import __version__
+
+def _refuse_other_interpreters():
+    """The native half belongs to one interpreter, and its threads call back into it: in another one they would deadlock."""
+    for name in ("_interpreters", "_xxsubinterpreters"):  # since 3.13; before
+        try:
+            interpreters = import_module(name)
+        except ImportError:
+            continue
+        if interpreters.get_current() != interpreters.get_main():
+            raise ImportError(
+                "zeo_rs works in the main interpreter of a process only, this is a sub-interpreter."
+                " Under mod_wsgi: WSGIApplicationGroup %{GLOBAL}"
+            )
+        return
+
+
+_refuse_other_interpreters()
+
+from zeo_rs._zeo import __version__  # noqa: E402
 
 __all__ = ["DB", "ClientStorage", "FileStorage", "TLS", "__version__", "client", "connection", "resolve_uri", "server"]
 

@@ -10,6 +10,7 @@ import socket
 import time
 import warnings
 import weakref
+from typing import NamedTuple
 
 import ZODB.BaseStorage
 import ZODB.event
@@ -45,6 +46,26 @@ OPTIONAL_INTERFACES = {
         "IExternalGC",
     )
 }
+
+
+#: Keys of what a server says of its storage.
+SERVER_INFO = ("name", "length", "size", "supportsUndo", "supports_record_iternext", "interfaces")
+
+
+class Connected(NamedTuple):
+    """The connection that ``notify_connected`` is told of."""
+
+    #: ``(host, port)``, or the path of the socket
+    peername: tuple | str
+    #: as bytes: ``b"M5"``, ``b"Z5"``
+    protocol_version: bytes
+    read_only: bool
+
+    def get_peername(self):
+        return self.peername
+
+    def is_read_only(self):
+        return self.read_only
 
 
 @zope.interface.implementer(ZODB.interfaces.IMultiCommitStorage)
@@ -200,18 +221,24 @@ class ClientStorage(ConflictResolvingStorage, _zeo.ClientStorageBase):
     # ---- told by the client's background thread
 
     def _invalidate(self, tid, oids):
-        db = self._db
-        if db is not None:
-            db.invalidate(tid, oids)
+        self.invalidateTransaction(tid, oids)
         for watcher in self._watchers:
             watcher(tid, oids)
 
     def _invalidate_cache(self):
-        db = self._db
-        if db is not None:
-            db.invalidateCache()
+        self.invalidateCache()
         for watcher in self._watchers:
             watcher(None, None)
+
+    def invalidateTransaction(self, tid, oids):
+        """Another client has committed: tell the database. For subclasses; must not call the server."""
+        if self._db is not None:
+            self._db.invalidate(tid, oids)
+
+    def invalidateCache(self):
+        """Anything may have changed: tell the database. For subclasses; must not call the server."""
+        if self._db is not None:
+            self._db.invalidateCache()
 
     def _connected(self, host, port, protocol, read_only, generation):
         self._server_addr = host if port is None else (host, port)
@@ -225,7 +252,8 @@ class ClientStorage(ConflictResolvingStorage, _zeo.ClientStorageBase):
         self.ping = self._ping
         if self.server_sync:
             self.sync = self._ping
-        self.notify_connected()
+        info = {key: value for key in SERVER_INFO if (value := self._info(key)) is not None}
+        self.notify_connected(Connected(self._server_addr, self.protocol_version, bool(read_only)), info)
 
     def _disconnected(self):
         self._connection_generation += 1
@@ -234,8 +262,9 @@ class ClientStorage(ConflictResolvingStorage, _zeo.ClientStorageBase):
     def _stale_cache(self):
         ZODB.event.notify(StaleCache(self))
 
-    def notify_connected(self):
-        """A connection is ready. For subclasses; must not call the server."""
+    def notify_connected(self, conn, info):
+        """A connection is ready: a ``Connected``, and what the server says of its storage. For subclasses; must not call the
+        server."""
 
     def notify_disconnected(self):
         """The connection was lost. For subclasses; must not call the server."""

@@ -1,0 +1,400 @@
+"""The life of a client in its process: events, forks, ends of interpreters, `server_sync`, closing."""
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+
+import pytest
+import transaction
+import ZODB
+import ZODB.event
+from peers import Server
+from test_clientstorage import Proxy, after, commit, opened, until
+from ZODB.utils import p64, z64
+
+from zeo_rs.clientstorage import ClientStorage
+from zeo_rs.exceptions import ClientDisconnected
+from zeo_rs.interfaces import StaleCache
+
+#: Closing takes a second at most; the rest is for a machine that does much else.
+CLOSED = 5
+
+
+@pytest.fixture(scope="module")
+def server():
+    with Server("rust", blobs=False) as server:
+        yield server
+
+
+def python(code, *args, **options):
+    """Runs a program in a process of its own; its output."""
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), *map(str, args)],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        **options,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout, done.stderr
+
+
+# -- events
+
+
+@pytest.mark.parametrize("kind", ["rust", "zeo"])
+def test_a_stale_cache_is_announced(kind, tmp_path):
+    """A cache file that missed more than the server remembers: the event names the storage, then nothing old is left."""
+    path = str(tmp_path / "cache")
+    with Server(kind, blobs=False, options="invalidation-queue-size 5") as server:
+        with opened(server.address) as other:
+            oid, kept = other.new_oid(), other.new_oid()
+            tid = commit(other, (oid, z64, b"0"), (kept, z64, b"kept"))
+            with opened(server.address, cache=path) as storage:
+                assert [storage.load(one)[0] for one in (oid, kept)] == [b"0", b"kept"]
+            for number in range(20):
+                tid = commit(other, (oid, tid, b"%d" % number))
+        events = []
+
+        def subscriber(event):
+            if isinstance(event, StaleCache):
+                events.append((event.storage, event.storage.cache_stats()["revisions"]))
+
+        ZODB.event.notify, before = subscriber, ZODB.event.notify
+        try:
+            with opened(server.address, cache=path) as storage:
+                assert events == [(storage, 2)]
+                assert storage.lastTransaction() == tid
+                assert storage.cache_stats()["revisions"] == 0
+                assert storage.load(oid) == (b"19", tid)
+        finally:
+            ZODB.event.notify = before
+        server.kill()
+
+
+# -- server_sync
+
+
+def test_with_server_sync_a_new_transaction_sees_every_commit(server):
+    with opened(server.address, server_sync=True) as reading, opened(server.address) as writing:
+        reader, writer = ZODB.DB(reading), ZODB.DB(writing)
+        manager = transaction.TransactionManager()
+        connection = reader.open(manager)
+        for number in range(200):
+            with writer.transaction() as other:
+                other.root()["synced"] = number
+            manager.begin()
+            assert connection.root()["synced"] == number
+        connection.close()
+        assert reading.sync == reading.ping
+    with opened(server.address) as storage:
+        assert storage.sync() is None and storage.sync != storage.ping
+
+
+def test_server_sync_with_zeos_server_asks_it():
+    """ZEO's server may answer before it has told of a commit; what can be had is that it is asked at all."""
+    with Server("zeo", blobs=False) as server:
+        with opened(server.address, server_sync=True) as storage:
+            before = storage.lastTransaction()
+            storage.sync()
+            with opened(server.address) as other:
+                tid = commit(other, (other.new_oid(), z64, b"x"))
+            assert tid > before
+            until(lambda: storage.sync() is None and storage.lastTransaction() == tid, "the commit")
+        server.kill()
+        with pytest.raises((ClientDisconnected, TypeError)):  # closed: there is no sync any more
+            storage.sync()
+
+
+# -- processes
+
+
+def test_workers_forked_from_a_parent_that_has_used_it(server):
+    """As gunicorn with --preload and uWSGI do: a database opened and used before the fork."""
+    out, err = python(
+        """
+        import os, sys, transaction, zeo_rs
+        from BTrees.OOBTree import OOBTree
+        db = zeo_rs.DB((sys.argv[1], int(sys.argv[2])), wait_timeout=60)
+        with db.transaction() as connection:
+            connection.root()["workers"] = OOBTree()
+        children = []
+        for worker in range(5):
+            child = os.fork()
+            if child == 0:
+                status = 1
+                try:
+                    for number in range(10):
+                        for attempt in transaction.manager.attempts(50):
+                            with attempt:
+                                connection = db.open(transaction.manager)
+                                connection.root()["workers"][worker, number] = os.getpid()
+                            connection.close()
+                    db.close()
+                    status = 0
+                finally:
+                    os._exit(status)
+            children.append(child)
+        print([os.waitpid(child, 0)[1] for child in children])
+        with db.transaction() as connection:
+            connection.root()["parent"] = 1
+        db.storage.sync()
+        with db.transaction() as connection:
+            seen = dict(connection.root()["workers"])
+        print(len(seen), len(set(seen.values())), os.getpid() in seen.values())
+        db.close()
+        """,
+        *server.address,
+    )
+    assert out.split("\n")[:2] == ["[0, 0, 0, 0, 0]", "50 5 False"], (out, err)
+
+
+def test_an_interpreter_ends_with_threads_at_work(server):
+    """Daemon threads that load, commit and wait; nothing is closed. No crash, no complaint, no waiting."""
+    with opened(server.address) as storage:
+        commit(storage, (p64(77), z64, b"x"))
+    out, err = python(
+        """
+        import sys, threading, time
+        from ZODB.Connection import TransactionMetaData
+        from ZODB.utils import p64
+        from zeo_rs import ClientStorage
+        storage = ClientStorage((sys.argv[1], int(sys.argv[2])), cache_size=0)
+        silent = ClientStorage(("127.0.0.1", 1), wait=False)
+        busy = threading.Semaphore(0)
+        def load():
+            while True:
+                storage.load(p64(77))
+                busy.release()
+        def write():
+            while True:
+                txn = TransactionMetaData()
+                storage.tpc_begin(txn)
+                storage.store(storage.new_oid(), bytes(8), b"y", "", txn)
+                storage.tpc_vote(txn)
+                storage.tpc_finish(txn, lambda tid: busy.release())
+        for target in (load, load, write):
+            threading.Thread(target=target, daemon=True).start()
+        for _ in range(300):
+            busy.acquire()
+        print("enough")
+        """,
+        *server.address,
+    )
+    assert out == "enough\n" and "Fatal" not in err and "panicked" not in err, err
+
+
+def test_an_atexit_function_may_still_use_and_close_it(server):
+    out, err = python(
+        """
+        import atexit, sys
+        from zeo_rs import ClientStorage
+        storage = ClientStorage((sys.argv[1], int(sys.argv[2])))
+        def last():
+            storage.ping()
+            storage.close()
+            print("closed")
+        atexit.register(last)
+        """,
+        *server.address,
+    )
+    assert (out, err) == ("closed\n", "")
+
+
+def test_a_sub_interpreter_is_refused_and_told_why():
+    out, _ = python(
+        """
+        import importlib
+        for name in ("_interpreters", "_xxsubinterpreters"):
+            try:
+                interpreters = importlib.import_module(name)
+                break
+            except ImportError:
+                pass
+        other = interpreters.create()
+        code = '''
+        try:
+            import zeo_rs
+        except ImportError as error:
+            print(error, flush=True)
+        '''
+        import textwrap
+        try:
+            interpreters.run_string(other, textwrap.dedent(code))
+        finally:
+            interpreters.destroy(other)
+        import zeo_rs
+        print(zeo_rs.ClientStorage.__name__)
+        """
+    )
+    first, second = out.splitlines()
+    assert "sub-interpreter" in first and "WSGIApplicationGroup %{GLOBAL}" in first and second == "ClientStorage"
+
+
+# -- connections
+
+
+def test_half_open_connections_are_probed(server):
+    """The kernel is told to find a peer that has vanished within 20 seconds; what it does then cannot be tried without root."""
+    before = set(os.listdir("/proc/self/fd"))
+    with opened(server.address):
+        for name in set(os.listdir("/proc/self/fd")) - before:
+            with contextlib.suppress(OSError), socket.socket(fileno=os.dup(int(name))) as sock:
+                if sock.family == socket.AF_INET and sock.getpeername() == server.address:
+                    break
+        else:
+            pytest.fail("no connection")
+        with socket.socket(fileno=os.dup(int(name))) as sock:
+            tcp = socket.IPPROTO_TCP
+            idle, every, count = (
+                sock.getsockopt(tcp, option)
+                for option in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
+            )
+            assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+            assert idle + every * count <= 30
+            assert 0 < sock.getsockopt(tcp, socket.TCP_USER_TIMEOUT) <= 30_000
+
+
+def silent_listener():
+    return socket.create_server(("127.0.0.1", 0))
+
+
+def state_nobody(server, stack):
+    return ClientStorage(("127.0.0.1", 1), wait=False)
+
+
+def state_silent(server, stack):
+    listener = stack.enter_context(silent_listener())
+    storage = ClientStorage(listener.getsockname(), wait=False)
+    stack.enter_context(listener.accept()[0])
+    return storage
+
+
+def state_unresolvable(server, stack):
+    return ClientStorage(("no-such-host.invalid", 1), wait=False)
+
+
+def state_connected(server, stack):
+    return ClientStorage(server.address)
+
+
+def state_in_a_transaction(server, stack):
+    from ZODB.Connection import TransactionMetaData
+
+    storage = ClientStorage(server.address)
+    txn = TransactionMetaData()
+    storage.tpc_begin(txn)
+    storage.store(storage.new_oid(), z64, b"x", "", txn)
+    return storage
+
+
+def state_voted(server, stack):
+    from ZODB.Connection import TransactionMetaData
+
+    storage = ClientStorage(server.address)
+    txn = TransactionMetaData()
+    storage.tpc_begin(txn)
+    storage.store(storage.new_oid(), z64, b"x", "", txn)
+    storage.tpc_vote(txn)
+    return storage
+
+
+def state_with_waiting_calls(server, stack):
+    """Loads that wait for an answer which never comes, and calls that wait for a connection."""
+    proxy = stack.enter_context(Proxy(server.address))
+    storage = ClientStorage(proxy.address)
+    proxy.cut()
+    started = threading.Barrier(5)
+
+    def call():
+        started.wait()
+        with pytest.raises(ClientDisconnected):
+            storage.load(p64(123456))
+
+    threads = [threading.Thread(target=call) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+        stack.callback(thread.join)
+    started.wait()
+    return storage
+
+
+def state_reconnecting(server, stack):
+    proxy = stack.enter_context(Proxy(server.address))
+    storage = ClientStorage(proxy.address)
+    proxy.cut()
+    until(lambda: not storage.is_connected(), "the disconnect")
+    return storage
+
+
+def state_closed(server, stack):
+    storage = ClientStorage(server.address)
+    storage.close()
+    return storage
+
+
+STATES = [function for name, function in list(globals().items()) if name.startswith("state_")]
+
+
+@pytest.mark.parametrize("state", STATES, ids=lambda function: function.__name__.removeprefix("state_"))
+def test_close_is_quick(state, server):
+    with contextlib.ExitStack() as stack:
+        storage = state(server, stack)
+        since = time.monotonic()
+        storage.close()
+        assert time.monotonic() - since < CLOSED
+        assert not storage.is_connected()
+        with pytest.raises(ClientDisconnected):
+            storage.loadBefore(p64(1), after(p64(1)))
+
+
+def test_duplicate_loads_in_flight_are_sent_once(server):
+    """Threads that want the same objects at once, and a prefetch of them on the way."""
+    with opened(server.address) as other:
+        oids = [other.new_oid() for _ in range(300)]
+        tid = commit(other, *((oid, z64, b"x" * 100) for oid in oids))
+    with opened(server.address) as storage:
+        before = storage.server_status()["loads"]
+        ready = threading.Barrier(8)
+
+        def load():
+            ready.wait()
+            for oid in oids:
+                assert storage.loadBefore(oid, after(tid))[0] == b"x" * 100
+
+        threads = [threading.Thread(target=load) for _ in range(7)]
+        for thread in threads:
+            thread.start()
+        storage.prefetch(oids, after(tid))
+        ready.wait()
+        for thread in threads:
+            thread.join()
+        # 2400 were wanted; a thread may have looked into the cache just before an answer came, and asked just after
+        assert len(oids) <= storage.server_status()["loads"] - before <= 2 * len(oids)
+
+
+def test_prefetch_of_a_zodb_connection(server):
+    with opened(server.address) as other:
+        db = ZODB.DB(other)
+        with db.transaction() as connection:
+            from persistent.mapping import PersistentMapping
+
+            connection.root()["many"] = many = PersistentMapping()
+            for number in range(500):
+                many[number] = PersistentMapping({"n": number})
+    with opened(server.address) as storage:
+        db = ZODB.DB(storage)
+        with db.transaction() as connection:
+            many = connection.root()["many"]
+            many._p_activate()
+            objects = list(many.values())
+            connection.prefetch(objects)
+            until(lambda: storage.cache_stats()["revisions"] >= 500, "the prefetch")
+            misses = storage.cache_stats()["misses"]
+            assert sum(one["n"] for one in objects) == sum(range(500))
+            assert storage.cache_stats()["misses"] == misses
