@@ -436,6 +436,7 @@ impl FileStorageBase {
         let py = transaction.py();
         this.writable(py)?;
         this.with_pending(transaction, |pending, _| {
+            let files = pending.blob_files();
             let outcome = match this.engine.votes_at_once(&pending) {
                 true => this.engine.vote_pending(pending),
                 false => py.detach(|| this.engine.vote_pending(pending)),
@@ -445,7 +446,10 @@ impl FileStorageBase {
                     let resolved = voted.resolved.iter().map(|oid| oid_bytes(py, *oid)).collect();
                     (Phase::Voted(voted), Ok(resolved))
                 }
-                Err(error) => (Phase::Busy, Err(errors::storage_error(py, &error))),
+                Err(error) => {
+                    py.detach(|| this.engine.discard_blob_files(&files));
+                    (Phase::Busy, Err(errors::storage_error(py, &error)))
+                }
             }
         })
     }

@@ -154,6 +154,15 @@ impl Pending {
         self.records.push(record);
     }
 
+    /// The blob files given to it.
+    pub fn blob_files(&self) -> Vec<PathBuf> {
+        let files = self.blobs.iter().filter_map(|blob| match &blob.source {
+            BlobSource::File(path) => Some(path.clone()),
+            BlobSource::Revision(_) => None,
+        });
+        files.collect()
+    }
+
     /// Oids it writes, in order of first write.
     pub fn oids(&self) -> &[Oid] {
         &self.oids
@@ -301,7 +310,7 @@ impl FileStorage {
     }
 
     /// Promises that the transaction can be finished: reserves its disk space and makes its blob files ready (synced and
-    /// on the right file system). From here on the blob files belong to the storage.
+    /// on the right file system). From here on the blob files belong to the storage; if it fails they are where they were.
     pub fn vote_pending(&self, txn: Pending) -> Result<VotedTxn> {
         self.check_writable()?;
         let snapshot = self.reading()?;
@@ -326,11 +335,13 @@ impl FileStorage {
 
     /// Gives a transaction up, removing the blob files given to it.
     pub fn abort_pending(&self, txn: Pending) {
-        for blob in &txn.blobs {
-            if let BlobSource::File(path) = &blob.source {
-                remove_quietly(path);
-            }
-        }
+        self.discard_blob_files(&txn.blob_files());
+    }
+
+    /// Removes blob files that were given to a transaction and not taken over: after a vote that failed they are where
+    /// they were. Those that are not there are fine.
+    pub fn discard_blob_files(&self, files: &[PathBuf]) {
+        files.iter().for_each(|path| remove_quietly(path));
     }
 }
 
