@@ -1,6 +1,8 @@
 """ZEO, the client-server storage of ZODB, in Rust for Python."""
 
-from importlib import import_module
+import sys
+import warnings
+from importlib import import_module, metadata
 
 
 def _refuse_other_interpreters():
@@ -46,3 +48,14 @@ def __getattr__(name):
 
 def __dir__():
     return sorted({*globals(), *__all__})
+
+
+def _warn_of_persistent(version, python):
+    """`persistent` up to 6.1.1 loses invalidations on Python 3.14: objects stay as they were, whatever the storage."""
+    if python >= (3, 14) and tuple(int(part) for part in version.split(".")[:3] if part.isdigit()) <= (6, 1, 1):
+        text = f"persistent {version} loses invalidations on Python {python[0]}.{python[1]}: install a newer one"
+        warnings.warn(text, RuntimeWarning, stacklevel=2)
+
+
+if sys.version_info >= (3, 14):
+    _warn_of_persistent(metadata.version("persistent"), sys.version_info[:2])

@@ -4,6 +4,7 @@ The client itself is Rust (``zeo_rs._zeo``). This module gives it ZEO's construc
 ZODB's business in Python: conflict resolution, blob directories, iteration.
 """
 
+import contextlib
 import logging
 import os
 import socket
@@ -208,9 +209,16 @@ class ClientStorage(ConflictResolvingStorage, _zeo.ClientStorageBase):
         self._set_addresses(_addresses(addr))
 
     def registerDB(self, db):
-        """Take the database to be told of invalidations."""
+        """Take the database to be told of invalidations.
+
+        Costs a round trip: ZODB, which looks next whether there is a root, does so as of ``lastTransaction()``, and fails
+        if another client has created it and we have not heard of it yet.
+        """
         super().registerDB(db)
         self._db = db
+        if self._is_connected():
+            with contextlib.suppress(ClientDisconnected):
+                self._ping()
 
     def sync(self):
         """Nothing: the client is kept up to date as things happen (see ``server_sync``)."""

@@ -331,6 +331,8 @@ impl Keeper {
             }
             if probing {
                 better = self.probe(&mut probe, timers.probe);
+            } else {
+                self.drop_late();
             }
             if connection.is_led() {
                 client.wake.wait(NAP);
@@ -378,6 +380,18 @@ impl Keeper {
                 attempt.backoff.reset();
             } else {
                 attempt.due += attempt.backoff.next(timers.retry_min, timers.retry_max);
+            }
+        }
+    }
+
+    /// Closes connections to other addresses that were registered only after one was in use.
+    fn drop_late(&mut self) {
+        while let Ok(event) = self.events.try_recv() {
+            if let Event::Dialled { round, index, .. } = event
+                && round == self.round
+                && let Some(attempt) = self.attempts.get_mut(index)
+            {
+                attempt.running = false;
             }
         }
     }

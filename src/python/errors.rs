@@ -96,7 +96,10 @@ pub(crate) fn from_python(py: Python<'_>, error: PyErr) -> StorageError {
     } else if error.is_instance_of::<zodb::ReadOnlyError>(py) {
         return StorageError::ReadOnly;
     } else if error.is_instance_of::<zodb::MultipleUndoErrors>(py) {
-        return StorageError::Undo { reason: error.to_string(), oid: None };
+        return match undo_errors(value) {
+            Ok(errors) => StorageError::MultipleUndo(errors),
+            Err(_) => StorageError::Undo { reason: error.to_string(), oid: None },
+        };
     } else if error.is_instance_of::<zodb::UndoError>(py) {
         let reason = value.getattr("_reason").and_then(|r| r.extract()).unwrap_or_else(|_| error.to_string());
         let oid = value.getattr("_oid").and_then(|oid| convert::oid_arg(&oid)).ok();
@@ -110,6 +113,17 @@ pub(crate) fn from_python(py: Python<'_>, error: PyErr) -> StorageError {
         _ => "builtins.Exception".to_owned(),
     };
     StorageError::Foreign { class, text: value.to_string() }
+}
+
+/// The `(oid, reason)` pairs of a `MultipleUndoErrors`, which holds `UndoError`s or texts.
+fn undo_errors(error: &Bound<'_, PyAny>) -> PyResult<Vec<(Oid, String)>> {
+    let mut errors = Vec::new();
+    for pair in error.getattr("_errs")?.try_iter()? {
+        let (oid, reason): (Bound<'_, PyAny>, Bound<'_, PyAny>) = pair?.extract()?;
+        let reason = reason.getattr("_reason").unwrap_or(reason);
+        errors.push((convert::oid_arg(&oid)?, reason.str()?.to_string()));
+    }
+    Ok(errors)
 }
 
 /// `POSKeyError(oid)`.

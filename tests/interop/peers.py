@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -194,3 +195,70 @@ class Client:
     def __exit__(self, *exc):
         self.close()
 
+
+class Proxy:
+    """Between clients and a server: breaks connections, and the next ones until it is restored; holds up answers."""
+
+    def __init__(self, target):
+        self._target, self._sockets, self._lock = target, [], threading.Lock()
+        self._is_cut = False
+        self._lets_pass = threading.Event()
+        self._lets_pass.set()
+        #: Bytes that clients have sent.
+        self.sent = 0
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address = self._listener.getsockname()
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self):
+        while True:
+            try:
+                near, _ = self._listener.accept()
+            except OSError:
+                return
+            with self._lock:
+                if self._is_cut:
+                    near.close()
+                    continue
+                far = connect(self._target, None)
+                self._sockets += near, far
+            for pair in (near, far), (far, near):
+                threading.Thread(target=self._copy, args=(*pair, pair[0] is near), daemon=True).start()
+
+    def _copy(self, source, target, upwards):
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                if upwards:
+                    self.sent += len(data)
+                else:
+                    self._lets_pass.wait()
+                target.sendall(data)
+        for sock in source, target:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+
+    def cut(self):
+        with self._lock:
+            self._is_cut = True
+            for sock in self._sockets:
+                with contextlib.suppress(OSError):
+                    sock.shutdown(socket.SHUT_RDWR)
+            self._sockets = []
+
+    def restore(self):
+        self._is_cut = False
+
+    def hold(self):
+        """From now on the server's answers wait for `release`."""
+        self._lets_pass.clear()
+
+    def release(self):
+        self._lets_pass.set()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self.release()
+        self._listener.close()
+        self.cut()

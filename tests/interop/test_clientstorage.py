@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -16,7 +15,7 @@ import ZODB
 import ZODB.blob
 import ZODB.interfaces
 from BTrees.Length import Length
-from peers import ENCODINGS, Server, free_port
+from peers import ENCODINGS, Proxy, Server, free_port
 from persistent.mapping import PersistentMapping
 from transaction.interfaces import TransientError
 from ZODB import POSException
@@ -456,59 +455,6 @@ def test_missed_transactions_are_caught_up():
             assert storage.load(oids[1]) == (b"old", tid)
             assert storage.server_status()["loads"] - loads == dropped
             assert "cache" in db.told and (last, {oids[0]} if not dropped else set()) in db.told
-
-
-class Proxy:
-    """Between a client and a server; breaks connections, and the next ones until it is restored."""
-
-    def __init__(self, target):
-        self._target, self._sockets, self._lock = target, [], threading.Lock()
-        self._is_cut = False
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.address = self._listener.getsockname()
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def _accept(self):
-        while True:
-            try:
-                near, _ = self._listener.accept()
-            except OSError:
-                return
-            with self._lock:
-                if self._is_cut:
-                    near.close()
-                    continue
-                far = socket.create_connection(self._target)
-                self._sockets += near, far
-            for pair in (near, far), (far, near):
-                threading.Thread(target=self._copy, args=pair, daemon=True).start()
-
-    @staticmethod
-    def _copy(source, target):
-        with contextlib.suppress(OSError):
-            while data := source.recv(65536):
-                target.sendall(data)
-        for sock in source, target:
-            with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
-
-    def cut(self):
-        with self._lock:
-            self._is_cut = True
-            for sock in self._sockets:
-                with contextlib.suppress(OSError):
-                    sock.shutdown(socket.SHUT_RDWR)
-            self._sockets = []
-
-    def restore(self):
-        self._is_cut = False
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exc):
-        self._listener.close()
-        self.cut()
 
 
 class Recorder:

@@ -58,6 +58,8 @@ NOT_OUR_CLIENT = {
     "zeo-fan-out_test": "calls sendBlob without waiting",
     "IExternalGC_test": "clears ZEO's cache object",
     "checkNoVerificationOnServerRestart": "reads verify_result",
+    "FileStorageInvqTests": "reads verify_result",
+    "checkInterfaceFromRemoteStorage": "reads _info; what is provided is in test_clientstorage.py",
     # ---- texts
     "client_has_newer_data_than_server": "waits for a text in the log of ZEO",
     "iterator_sane_after_reconnect": "text of an exception",
@@ -82,8 +84,9 @@ def reason(server, client, msgpack, key):
     return None
 
 
-#: Passes if a client of ZEO, of another test, is still there: looks for its thread. Ours is no Python thread.
-LEFT_OUT = "client_asyncore_thread_has_name"
+#: Passes if a client of ZEO, of another test, is still there: looks for its thread. Ours is no Python thread. The other starts
+#: ZEO's own program, and now and then sends it the signal before it has a handler.
+LEFT_OUT = "client_asyncore_thread_has_name|runzeo_logrotate_on_sigusr2"
 
 
 #: Wants a file without write permission not to be written, which does not stop root.
@@ -91,7 +94,7 @@ NOT_AS_ROOT = "blob_transaction_txt"
 
 
 def selected(server, client, key):
-    if LEFT_OUT in key or (NOT_AS_ROOT in key and os.geteuid() == 0):
+    if re.search(LEFT_OUT, key) or (NOT_AS_ROOT in key and os.geteuid() == 0):
         return False
     if WHOLE:
         return True
