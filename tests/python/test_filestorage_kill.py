@@ -1,5 +1,6 @@
-"""`kill -9` in the middle of commits, again and again on one file."""
+"""`kill -9` in the middle of commits, again and again on one file; a disk that is full."""
 
+import errno
 import signal
 import subprocess
 import sys
@@ -7,8 +8,10 @@ import sys
 import pytest
 import ZODB.FileStorage
 import zeo_rs
+from ZODB.Connection import TransactionMetaData
 from ZODB.scripts import fstest
-from ZODB.utils import maxtid, p64
+from ZODB.serialize import referencesf
+from ZODB.utils import maxtid, p64, z64
 
 # Commits without end, of several objects of up to some 100 kB; says what was acknowledged.
 CHILD = """
@@ -61,3 +64,64 @@ def test_what_was_acknowledged_survives_kill_9(tmp_path):
                 assert set(data) == set(bytes.fromhex(oid)) and end is None
             storage.close()
         fstest.check(str(path))
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 1 MB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("only root may mount a small file system")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_a_full_disk_is_an_error_of_the_vote(small_disk):
+    path = small_disk / "Data.fs"
+    storage = zeo_rs.FileStorage(path, blob_dir=small_disk / "blobs")
+    tids = []
+
+    def commit(oid, size, blob=None, serial=z64):
+        txn = TransactionMetaData()
+        storage.tpc_begin(txn)
+        try:
+            if blob is None:
+                storage.store(oid, serial, b"x" * size, "", txn)
+            else:
+                storage.storeBlob(oid, z64, b"x" * size, blob, "", txn)
+            storage.tpc_vote(txn)
+        except BaseException:
+            storage.tpc_abort(txn)
+            raise
+        tids.append(storage.tpc_finish(txn))
+
+    changed = storage.new_oid()
+    commit(changed, 1000)
+    commit(changed, 1000, serial=tids[0])  # so that there is something for a pack to drop
+    with pytest.raises(OSError, match="no space") as error:
+        while True:
+            commit(storage.new_oid(), 50_000)
+    assert error.value.errno == errno.ENOSPC
+    assert len(tids) > 10 and storage.lastTransaction() == tids[-1]
+    # it goes on: what is smaller has room, loads work, a blob that has none leaves nothing
+    commit(storage.new_oid(), 10)
+    upload = small_disk.parent / "upload"
+    upload.write_bytes(b"x" * 500_000)
+    with pytest.raises(OSError) as error:
+        commit(storage.new_oid(), 10, str(upload))
+    assert error.value.errno == errno.ENOSPC
+    assert [p for p in (small_disk / "blobs").rglob("*") if p.is_file()] == [small_disk / "blobs" / ".layout"]
+    assert len(storage) == len(tids) - 1
+    # so does a pack
+    with pytest.raises(OSError, match="the storage is as it was") as error:
+        storage.pack(10**10, referencesf, gc=False)
+    assert error.value.errno == errno.ENOSPC
+    assert not (small_disk / "Data.fs.pack").exists()
+    # no room for the index: closing is not stopped by it, half an index does not stay
+    storage.close()
+    for storage_class in (zeo_rs.FileStorage, ZODB.FileStorage.FileStorage):
+        storage = storage_class(str(path))
+        assert [txn.tid for txn in storage.iterator()] == tids
+        storage.close()
