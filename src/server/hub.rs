@@ -358,3 +358,7 @@ impl InvalidationSink for Below {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "schedule.rs"]
+mod schedule;

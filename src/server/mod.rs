@@ -157,7 +157,7 @@ pub(crate) struct Shared {
 }
 
 impl Shared {
-    fn new(config: ServerConfig, hubs: Vec<Arc<Hub>>) -> Self {
+    pub(crate) fn new(config: ServerConfig, hubs: Vec<Arc<Hub>>) -> Self {
         Self {
             slow: SlowLog::new(config.slow_operation),
             config,

@@ -81,7 +81,7 @@ fn storage_section(page: &mut String, id: &str, storage: &Value) {
         let _ = write!(page, "<p class=\"bad\">Takes no writes: {}</p>", escape(reason));
     }
     page.push_str("<dl>");
-    let milliseconds = |seconds: &Value| format!("{:.3} ms", seconds.as_f64().unwrap_or(0.0) * 1e3);
+    let milliseconds = |seconds: &Value| format!("{:.2}", seconds.as_f64().unwrap_or(0.0) * 1e3);
     let rate = |name: &str| number(&storage["rates"][name]);
     let facts = [
         ("clients", storage["connections"].to_string()),
@@ -94,17 +94,17 @@ fn storage_section(page: &mut String, id: &str, storage: &Value) {
         ("loads", storage["loads"].to_string()),
         ("load, p50 / p99", {
             let load = &storage["load_seconds"];
-            format!("{} / {}", milliseconds(&load["p50"]), milliseconds(&load["p99"]))
+            format!("{} / {} ms", milliseconds(&load["p50"]), milliseconds(&load["p99"]))
         }),
         ("commits", storage["commits"].to_string()),
         ("commit groups", storage["commit_groups"].to_string()),
         ("finish, p50 / p99", {
             let finish = &storage["finish_seconds"];
-            format!("{} / {}", milliseconds(&finish["p50"]), milliseconds(&finish["p99"]))
+            format!("{} / {} ms", milliseconds(&finish["p50"]), milliseconds(&finish["p99"]))
         }),
         ("sync, p50 / p99", {
             let sync = &storage["sync_seconds"];
-            format!("{} / {}", milliseconds(&sync["p50"]), milliseconds(&sync["p99"]))
+            format!("{} / {} ms", milliseconds(&sync["p50"]), milliseconds(&sync["p99"]))
         }),
         ("conflicts", storage["conflicts"].to_string()),
         ("aborts", storage["aborts"].to_string()),

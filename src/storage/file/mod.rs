@@ -120,7 +120,7 @@ pub struct FileStorage {
     /// The largest tid given or seen.
     last_generated: Mutex<Tid>,
     space: Space,
-    oids: Mutex<OidSupply>,
+    oids: OidSupply,
     blobs: Option<Arc<BlobDir>>,
     /// What renames and removes files.
     operations: Arc<dyn FileNames>,
@@ -160,12 +160,12 @@ impl FileStorage {
 
     /// The largest oid given or stored, ZODB's `_oid`.
     pub fn max_oid(&self) -> Oid {
-        lock(&self.oids).last()
+        self.oids.last()
     }
 
     /// A client uses an oid of its own choice: oids given later are above it (ZODB's `set_max_oid`).
     pub fn note_oid(&self, oid: Oid) {
-        lock(&self.oids).note_used(oid);
+        self.oids.note_used(oid);
     }
 
     /// A tid later than all before, for a transaction whose tid must be known before it is finished. It must be finished
@@ -230,7 +230,7 @@ impl FileStorage {
         {
             tracing::warn!("cannot give back reserved space: {e}");
         }
-        for result in [self.save_index(), lock(&self.oids).close()] {
+        for result in [self.save_index(), self.oids.close()] {
             if let Err(e) = result {
                 tracing::warn!("{e}");
             }

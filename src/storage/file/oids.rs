@@ -10,26 +10,40 @@
 //! The number is written twice; a file where the two differ is ignored. A clean close lowers the bound to what was
 //! really given.
 //!
-//! Cost: two syncs for [`BLOCK`] oids; otherwise a mutex.
+//! Cost: a mutex for a moment. Before the stock runs out a thread of its own reserves the next [`BLOCK`] (two syncs), so
+//! that only the first call after opening waits for the disk, or one that outruns it.
 
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
 
 use super::index_file::beside;
+use super::lock;
 use crate::ids::Oid;
 use crate::storage::{Result, StorageError};
 
-/// Oids reserved at a time. A crash skips at most so many (of 2⁶⁴).
+/// Oids reserved at a time. A crash skips at most twice so many (of 2⁶⁴).
 const BLOCK: u64 = 4096;
 const HEAD: &str = "zeo-rs oids below ";
 
-pub(super) struct OidSupply {
+pub(super) struct OidSupply(Arc<Supply>);
+
+struct Supply {
+    /// NAME.oid.
+    path: PathBuf,
+    numbers: Mutex<Numbers>,
+    /// Held while NAME.oid is written; taken before `numbers`, which nobody holds during a sync.
+    file: Mutex<()>,
+}
+
+struct Numbers {
     /// Next oid to give.
     next: u64,
     /// Oids below are reserved on disk.
     reserved: u64,
-    /// NAME.oid.
-    path: PathBuf,
+    /// A thread is reserving more.
+    refilling: bool,
+    closed: bool,
 }
 
 impl OidSupply {
@@ -38,43 +52,101 @@ impl OidSupply {
         let path = beside(path, ".oid");
         let reserved = read(&path).unwrap_or(0);
         let above = max_oid.map_or(1, |oid| oid.0.saturating_add(1));
-        Self { next: above.max(reserved).max(1), reserved, path }
+        let next = above.max(reserved).max(1);
+        let numbers = Mutex::new(Numbers { next, reserved, refilling: false, closed: false });
+        Self(Arc::new(Supply { path, numbers, file: Mutex::new(()) }))
     }
 
     /// A client chose `oid` itself (or a copy of a database brings it).
-    pub(super) fn note_used(&mut self, oid: Oid) {
-        self.next = self.next.max(oid.0.saturating_add(1));
+    pub(super) fn note_used(&self, oid: Oid) {
+        let mut numbers = lock(&self.0.numbers);
+        numbers.next = numbers.next.max(oid.0.saturating_add(1));
     }
 
     /// The largest oid given or used.
     pub(super) fn last(&self) -> Oid {
-        Oid(self.next - 1)
+        Oid(lock(&self.0.numbers).next - 1)
     }
 
-    pub(super) fn take(&mut self, count: usize) -> Result<Vec<Oid>> {
-        let spent = || StorageError::Invalid("there are no more oids".into());
-        let end = self.next.checked_add(count as u64).ok_or_else(spent)?;
-        if end > self.reserved {
-            let bound = end.saturating_add(BLOCK);
-            self.reserve(bound)?;
+    pub(super) fn take(&self, count: usize) -> Result<Vec<Oid>> {
+        loop {
+            let mut numbers = lock(&self.0.numbers);
+            if numbers.closed {
+                return Err(StorageError::Closed);
+            }
+            let end = numbers.end_of(count)?;
+            if end <= numbers.reserved {
+                let first = std::mem::replace(&mut numbers.next, end);
+                if numbers.reserved - end < BLOCK / 2 && !numbers.refilling {
+                    numbers.refilling = true;
+                    drop(numbers);
+                    self.refill();
+                }
+                return Ok((first..end).map(Oid).collect());
+            }
+            drop(numbers);
+            self.0.reserve(count)?;
         }
-        let first = std::mem::replace(&mut self.next, end);
-        Ok((first..end).map(Oid).collect())
+    }
+
+    /// Reserves the next oids in a thread of its own.
+    fn refill(&self) {
+        let supply = Arc::clone(&self.0);
+        let work = move || {
+            // Whatever remains of the stock may be taken meanwhile.
+            let reserved = supply.reserve(BLOCK as usize);
+            lock(&supply.numbers).refilling = false;
+            if let Err(error) = reserved
+                && !matches!(error, StorageError::Closed)
+            {
+                tracing::warn!("{error}; new oids wait for the next attempt");
+            }
+        };
+        if std::thread::Builder::new().name("zeo oids".into()).spawn(work).is_err() {
+            lock(&self.0.numbers).refilling = false;
+        }
     }
 
     /// At a clean close: what was reserved and not given is free again.
-    pub(super) fn close(&mut self) -> Result<()> {
-        match self.reserved > self.next {
-            true => self.reserve(self.next),
-            false => Ok(()),
+    pub(super) fn close(&self) -> Result<()> {
+        let _file = lock(&self.0.file);
+        let mut numbers = lock(&self.0.numbers);
+        numbers.closed = true;
+        let (next, reserved) = (numbers.next, numbers.reserved);
+        drop(numbers);
+        if reserved > next { self.0.write(next) } else { Ok(()) }
+    }
+}
+
+impl Numbers {
+    fn end_of(&self, count: usize) -> Result<u64> {
+        let spent = || StorageError::Invalid("there are no more oids".into());
+        self.next.checked_add(count as u64).ok_or_else(spent)
+    }
+}
+
+impl Supply {
+    /// Makes sure that `count` oids are reserved. Waits for the disk.
+    fn reserve(&self, count: usize) -> Result<()> {
+        let _file = lock(&self.file);
+        let numbers = lock(&self.numbers);
+        if numbers.closed {
+            return Err(StorageError::Closed);
         }
+        let end = numbers.end_of(count)?;
+        if end <= numbers.reserved {
+            return Ok(());
+        }
+        drop(numbers);
+        let bound = end.saturating_add(BLOCK);
+        self.write(bound)?;
+        lock(&self.numbers).reserved = bound;
+        Ok(())
     }
 
-    fn reserve(&mut self, bound: u64) -> Result<()> {
+    fn write(&self, bound: u64) -> Result<()> {
         write(&self.path, bound)
-            .map_err(|e| StorageError::io(format!("cannot reserve oids in {}", self.path.display()), e))?;
-        self.reserved = bound;
-        Ok(())
+            .map_err(|e| StorageError::io(format!("cannot reserve oids in {}", self.path.display()), e))
     }
 }
 
@@ -123,10 +195,10 @@ mod tests {
     fn a_crash_gives_nothing_again_and_a_close_leaves_no_gap() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("Data.fs");
-        let mut first = OidSupply::open(&path, Some(Oid(9)));
+        let first = OidSupply::open(&path, Some(Oid(9)));
         assert_eq!(first.take(2).unwrap(), [Oid(10), Oid(11)]);
         // Killed: nothing said goodbye.
-        let mut second = OidSupply::open(&path, Some(Oid(9)));
+        let second = OidSupply::open(&path, Some(Oid(9)));
         let given = second.take(1).unwrap();
         assert!(given > vec![Oid(11)], "{given:?}");
         second.close().unwrap();
@@ -138,10 +210,49 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("Data.fs");
         std::fs::write(beside(&path, ".oid"), format!("{HEAD}0000000000000fff 0000000000000ffe\n")).unwrap();
-        let mut supply = OidSupply::open(&path, Some(Oid(4)));
+        let supply = OidSupply::open(&path, Some(Oid(4)));
         supply.note_used(Oid(6));
         assert_eq!(supply.take(1).unwrap(), [Oid(7)]);
         supply.note_used(Oid(u64::MAX));
         assert!(supply.take(1).is_err());
+    }
+    /// While more are being reserved (a slow disk), those of the stock are given, and a vote that brings its own oid goes on.
+    #[test]
+    fn nobody_waits_for_what_is_reserved_ahead() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("Data.fs");
+        let supply = OidSupply::open(&path, None);
+        supply.take(1).unwrap();
+        let bound = read(&beside(&path, ".oid")).unwrap();
+        let disk = lock(&supply.0.file);
+        let stock: Vec<Oid> = (0..BLOCK / 2 + 10).flat_map(|_| supply.take(1).unwrap()).collect();
+        assert!(lock(&supply.0.numbers).refilling);
+        assert!(
+            stock.is_sorted()
+                && stock.len() as u64 == BLOCK / 2 + 10
+                && stock.iter().all(|oid| oid.0 < bound)
+        );
+        supply.note_used(Oid(5));
+        assert!(supply.last().0 < bound);
+        drop(disk);
+        while lock(&supply.0.numbers).refilling {
+            std::thread::yield_now();
+        }
+        assert!(read(&beside(&path, ".oid")).unwrap() > bound);
+        // Killed: nothing of all this is given again.
+        let again = OidSupply::open(&path, None).take(1).unwrap();
+        assert!(again[0] > *stock.last().unwrap());
+    }
+
+    #[test]
+    fn after_the_close_nothing_is_given_or_reserved() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("Data.fs");
+        let supply = OidSupply::open(&path, None);
+        supply.take(3).unwrap();
+        supply.close().unwrap();
+        assert!(matches!(supply.take(1), Err(StorageError::Closed)));
+        assert!(matches!(supply.0.reserve(1), Err(StorageError::Closed)));
+        assert_eq!(read(&beside(&path, ".oid")), Some(4));
     }
 }

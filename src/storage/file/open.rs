@@ -125,7 +125,7 @@ impl FileStorage {
             failed: OnceLock::new(),
             last_generated: Mutex::new(last_tid),
             space: Space::default(),
-            oids: Mutex::new(oids),
+            oids,
             blobs,
             operations,
             lock: Mutex::new(lock),

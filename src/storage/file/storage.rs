@@ -6,9 +6,9 @@ use std::time::Duration;
 
 use bytes::Bytes;
 
+use super::FileStorage;
 use super::iterate::Transactions;
 use super::snapshot::{Payload, Snapshot, Wait};
-use super::{FileStorage, lock};
 use crate::ids::{Oid, Tid};
 use crate::storage::blob::BlobDir;
 use crate::storage::{
@@ -166,7 +166,7 @@ impl Storage for FileStorage {
             return Err(StorageError::ReadOnly);
         }
         drop(self.reading()?);
-        lock(&self.oids).take(count)
+        self.oids.take(count)
     }
 
     fn vote(&self, txn: StagedTxn, resolver: &dyn ConflictResolver) -> Result<VoteOutcome> {
