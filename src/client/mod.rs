@@ -9,7 +9,7 @@
 //! | this, `commit.rs` | [`Client`]: calls, loads; two-phase commit |
 //! | `connection.rs` | one connection: who waits, who writes, who reads |
 //! | `core.rs` | what outlives connections: cache, last tid, callbacks |
-//! | `keeper.rs`, `dial.rs` | the background thread: connect, verify, reconnect |
+//! | `keeper.rs`, `dial.rs`, `race.rs` | the background thread: connect, verify, reconnect |
 //! | `stream.rs`, `inbox.rs`, `slot.rs` | socket, received bytes, one caller's wait |
 //! | `transaction.rs`, `blob.rs` | what a commit will put in the cache; blobs on their way |
 
@@ -22,6 +22,7 @@ mod error;
 mod inbox;
 mod keeper;
 mod options;
+mod race;
 mod slot;
 mod stream;
 mod transaction;

@@ -15,6 +15,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{RecvFlags, SendFlags};
 use socket2::{SockRef, TcpKeepalive};
 
+use super::race::connect_first;
 use crate::net::Address;
 use crate::net::tls::{ClientSession, ClientTls, TlsError};
 
@@ -234,27 +235,14 @@ impl Write for RawWriter<'_> {
 }
 
 fn connect_tcp(address: &Address, deadline: Instant) -> io::Result<TcpStream> {
-    let mut last = io::Error::new(io::ErrorKind::TimedOut, "the host name was not resolved in time");
-    for address in address.resolve(LOCAL)? {
-        let left = deadline.saturating_duration_since(Instant::now()).min(CONNECT);
-        if left.is_zero() {
-            break;
-        }
-        match TcpStream::connect_timeout(&address, left) {
-            Ok(socket) => {
-                socket.set_nodelay(true)?;
-                let keepalive =
-                    TcpKeepalive::new().with_time(PROBE_IDLE).with_interval(PROBE_INTERVAL).with_retries(3);
-                let reference = SockRef::from(&socket);
-                reference.set_tcp_keepalive(&keepalive)?;
-                #[cfg(target_os = "linux")]
-                reference.set_tcp_user_timeout(Some(DEAD_AFTER))?;
-                return Ok(socket);
-            }
-            Err(error) => last = error,
-        }
-    }
-    Err(last)
+    let socket = connect_first(&address.resolve(LOCAL)?, deadline, CONNECT)?;
+    socket.set_nodelay(true)?;
+    let keepalive = TcpKeepalive::new().with_time(PROBE_IDLE).with_interval(PROBE_INTERVAL).with_retries(3);
+    let reference = SockRef::from(&socket);
+    reference.set_tcp_keepalive(&keepalive)?;
+    #[cfg(target_os = "linux")]
+    reference.set_tcp_user_timeout(Some(DEAD_AFTER))?;
+    Ok(socket)
 }
 
 /// A panic while it was held has ended the connection; there is nothing to protect.

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import queue
 import socket
 import subprocess
 import sys
@@ -398,3 +399,71 @@ def test_prefetch_of_a_zodb_connection(server):
             misses = storage.cache_stats()["misses"]
             assert sum(one["n"] for one in objects) == sum(range(500))
             assert storage.cache_stats()["misses"] == misses
+
+
+class Holding(Proxy):
+    """Lets no answer through from `hold` on, until the client has sent `wanted` bytes more."""
+
+    wanted = None
+
+    def __init__(self, target):
+        self._sent, self._changed = 0, threading.Condition()
+        super().__init__(target)
+
+    def _copy(self, source, target):
+        if source.getsockname() == self.address:  # what the client sends: taken at once, passed on by a thread of its own
+            chunks = queue.SimpleQueue()
+            threading.Thread(target=self._write, args=(chunks, target), daemon=True).start()
+            with contextlib.suppress(OSError):
+                while data := source.recv(1 << 20):
+                    with self._changed:
+                        self._sent += len(data)
+                        self._changed.notify_all()
+                    chunks.put(data)
+            chunks.put(b"")
+            return
+        with contextlib.suppress(OSError):
+            while data := source.recv(1 << 20):
+                with self._changed:
+                    self._changed.wait_for(lambda: self.wanted is None or self._sent >= self.wanted)
+                target.sendall(data)
+
+    @staticmethod
+    def _write(chunks, target):
+        with contextlib.suppress(OSError):
+            while data := chunks.get():
+                target.sendall(data)
+            target.shutdown(socket.SHUT_RDWR)
+
+    def hold(self, count):
+        with self._changed:
+            self.wanted = self._sent + count
+
+    def release(self):
+        with self._changed:
+            self.wanted = None
+            self._changed.notify_all()
+
+
+@pytest.mark.parametrize("kind", ["rust", "zeo"])
+def test_a_prefetch_of_ten_thousand_is_one_round_trip(kind):
+    """Every request is on its way before the first answer is let through; then the loads need nothing more."""
+    number = 10_000
+    with Server(kind, blobs=False) as server:
+        with opened(server.address) as other:
+            oids = [other.new_oid() for _ in range(number)]
+            tid = commit(other, *((oid, z64, b"x" * 100) for oid in oids))
+        with Holding(server.address) as proxy, opened(proxy.address) as storage:
+            # a request has an oid and a tid twice: as its name and as its arguments
+            proxy.hold(number * 32)
+            try:
+                storage.prefetch(oids, after(tid))
+                with proxy._changed:
+                    assert proxy._changed.wait_for(lambda: proxy._sent >= proxy.wanted, 60), "it waits for an answer"
+            finally:
+                proxy.release()
+            until(lambda: storage.cache_stats()["revisions"] == number, "the answers")
+            sent = proxy._sent
+            assert all(storage.loadBefore(oid, after(tid))[0] == b"x" * 100 for oid in oids)
+            assert proxy._sent == sent
+        server.kill()
