@@ -184,16 +184,19 @@ class FileStorage(FileStorageBase, ZODBFileStorage):
         return self._transaction
 
     def tpc_finish(self, transaction, f=None):
-        if transaction is not self._transaction:
-            raise StorageTransactionError("tpc_finish called with wrong transaction")
-        try:
-            return self._finish(transaction, f)
-        finally:
-            self._end(transaction)
+        # as ZODB: whoever finishes or aborts the same transaction in another thread waits, and finds it gone
+        with self._lock:
+            if transaction is None or transaction is not self._transaction:
+                raise StorageTransactionError("tpc_finish called with wrong transaction")
+            try:
+                return self._finish(transaction, f)
+            finally:
+                self._end(transaction)
 
     def tpc_abort(self, transaction):
-        if transaction is self._transaction and self._abort(transaction):
-            self._end(transaction)
+        with self._lock:
+            if transaction is self._transaction and self._abort(transaction):
+                self._end(transaction)
 
     def _end(self, transaction):
         self._abort(transaction)  # what `_finish` did not take, so that nothing of it remains
@@ -326,6 +329,6 @@ class FileStorage(FileStorageBase, ZODBFileStorage):
 
     def cleanup(self):
         """Removes all files of the storage but the blobs."""
-        for suffix in ("", ".old", ".tmp", ".lock", ".index", ".pack"):
+        for suffix in ("", ".old", ".tmp", ".lock", ".index", ".oid", ".pack"):
             with contextlib.suppress(FileNotFoundError):
                 os.remove(self._file_name + suffix)

@@ -396,3 +396,68 @@ s = zeo_rs.FileStorage(sys.argv[1]); s.close()
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "Data.fs")], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert any(line.startswith("zeo_rs.storage.file") and "WARNING" in line for line in done.stdout.splitlines()), done.stdout
+
+
+def test_an_abort_during_a_call_of_the_same_transaction(tmp_path):
+    """The call's thread must not put its state in place of that of the transaction after it."""
+    storage = FileStorage(tmp_path / "Data.fs", blob_dir=tmp_path / "blobs")
+    first = commit(storage, (z64, z64, DATA))
+    second = commit(storage, (z64, first, DATA + b"2"))
+    one, other = TransactionMetaData(), TransactionMetaData()
+
+    def resolve(oid, committed, old, data, committed_data=b""):
+        def interfere():
+            storage.tpc_abort(one)
+            storage.tpc_begin(other)
+            storage.store(p64(7), z64, DATA + b"other", "", other)
+
+        thread = threading.Thread(target=interfere)
+        thread.start()
+        thread.join(30)
+        return DATA + b"merged"
+
+    storage.tryToResolveConflict = resolve
+    storage.tpc_begin(one)
+    (tmp_path / "upload").write_text("content")
+    storage.storeBlob(p64(1), z64, DATA, str(tmp_path / "upload"), "", one)
+    with pytest.raises(StorageTransactionError):
+        storage.store(z64, first, DATA + b"3", "", one)
+    storage.tpc_vote(other)
+    third = storage.tpc_finish(other)
+    assert storage.load(p64(7)) == (DATA + b"other", third) and storage.load(z64)[1] == second
+    assert [name for _, _, names in os.walk(tmp_path / "blobs") for name in names] == [".layout"]
+    storage.close()
+
+
+def test_finish_and_abort_of_what_was_not_begun(storage):
+    t = TransactionMetaData()
+    for transaction in None, t:
+        with pytest.raises(StorageTransactionError):
+            storage.tpc_finish(transaction)
+        storage.tpc_abort(transaction)
+    storage.tpc_begin(t)
+    storage.tpc_vote(t)
+
+    def callback(tid):
+        # another thread that gives up waits until it is done, and has no effect
+        threads.append(threading.Thread(target=storage.tpc_abort, args=(t,)))
+        threads[-1].start()
+
+    threads = []
+    storage.tpc_finish(t, callback)
+    threads[0].join(30)
+    assert storage._commit_lock.acquire(timeout=1)
+    storage._commit_lock.release()
+    assert commit(storage, (z64, z64, DATA))
+
+
+def test_cleanup(tmp_path):
+    storage = FileStorage(tmp_path / "Data.fs", create=True)
+    storage.close()
+    storage = FileStorage(tmp_path / "Data.fs", create=True)  # takes the place of the other
+    assert (tmp_path / "Data.fs.lock").read_text() == f" {os.getpid()}\n"
+    commit(storage, (storage.new_oid(), z64, DATA))
+    storage.close()
+    assert len(os.listdir(tmp_path)) > 1
+    storage.cleanup()
+    assert os.listdir(tmp_path) == []

@@ -95,10 +95,17 @@ impl Opened {
             }
         };
         let (phase, answer) = body(pending, tid);
-        if let Some(current) = locked(&self.current).as_mut() {
+        if let Ok(current) = Self::check(locked(&self.current).as_mut(), transaction) {
             current.phase = phase;
+            return answer;
         }
-        answer
+        // Another thread has aborted it meanwhile; what is current now, if anything, is not to be touched.
+        match phase {
+            Phase::Begun(pending) => self.engine.abort_pending(pending),
+            Phase::Voted(voted) => self.engine.abort(voted),
+            Phase::Busy => {}
+        }
+        answer.and_then(|_| Err(errors::transaction_error("the transaction was aborted by another thread")))
     }
 
     pub(super) fn check<'a>(

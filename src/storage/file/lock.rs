@@ -4,8 +4,8 @@
 //! The lock on the data file makes that safe against a lock file deleted by hand. Read-only storages take neither.
 
 use std::fs::{File, OpenOptions};
-use std::io::{Read, Write};
-use std::os::unix::fs::MetadataExt;
+use std::io::Read;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 
 use super::file::{StorageFile, try_flock};
@@ -50,7 +50,7 @@ impl LockFile {
             return Err(StorageError::Locked(text));
         }
         let text = format!(" {}\n", std::process::id());
-        let written = self.file.set_len(0).and_then(|()| (&self.file).write_all(text.as_bytes()));
+        let written = self.file.set_len(0).and_then(|()| self.file.write_all_at(text.as_bytes(), 0));
         written.map_err(failed)
     }
 }
@@ -84,6 +84,8 @@ mod tests {
         let held = LockFile::acquire(&path).unwrap();
         held.lock_data(&path, &first).unwrap();
         let pid = std::process::id().to_string();
+        // Again for the file that takes the place of an existing one.
+        held.lock_data(&path, &OsFile(tempfile::tempfile().unwrap())).unwrap();
         assert_eq!(std::fs::read_to_string(beside(&path, ".lock")).unwrap(), format!(" {pid}\n"));
         let error = LockFile::acquire(&path).err().unwrap().to_string();
         assert!(error.contains(&format!("process {pid} ")), "{error}");

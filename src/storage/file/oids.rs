@@ -172,10 +172,13 @@ fn read(path: &Path) -> Option<u64> {
 
 fn write(path: &Path, bound: u64) -> io::Result<()> {
     let temp = beside(path, ".tmp");
-    let mut file = std::fs::File::create(&temp)?;
-    writeln!(file, "{HEAD}{bound:016x} {bound:016x}")?;
-    file.sync_data()?;
-    std::fs::rename(&temp, path)?;
+    let make = || {
+        let mut file = std::fs::File::create(&temp)?;
+        writeln!(file, "{HEAD}{bound:016x} {bound:016x}")?;
+        file.sync_data()?;
+        std::fs::rename(&temp, path)
+    };
+    make().inspect_err(|_| drop(std::fs::remove_file(&temp)))?;
     sync_parent(path)
 }
 
