@@ -1,9 +1,10 @@
 //! [`Committer`]: finishes the transactions of a storage, one group at a time.
 //!
 //! A transaction that is alone (nobody else has voted) is finished by the task of its own connection, at once, where the
-//! disk is quick. Otherwise the committer's thread takes every transaction that is ready, gives the group to the engine (one sync for all), and publishes each in tid
-//! order: queue, invalidations of everybody else, then `info` and the reply of its own connection. Locks are released
-//! after that, so a queued voter reads the invalidation before its own vote is answered.
+//! disk is quick. Otherwise the committer's thread takes every transaction that is ready. The group is given to the engine
+//! (one sync for all), and each published in tid order: queue, invalidations of everybody else, then `info` and the reply
+//! of its own connection. Then the locks are released, so that a queued voter reads the invalidation before its own vote is
+//! answered; then the connections are woken, so that the next vote of a client does not wait for its own last locks.
 //!
 //! A sync costs the same for one transaction as for twenty, and each connection is woken once for a group, so the committer
 //! waits for the finishes of transactions that have voted already, a client's round trip away. Not for longer than its
@@ -227,6 +228,8 @@ fn finish(hub: &Arc<Hub>, mut group: Vec<FinishJob>) {
     };
     hub.finishing();
     let outcome = catch_unwind(AssertUnwindSafe(|| hub.storage.finish(voted, &mut publish)));
+    // Before anybody is woken: the next vote of the same client must not meet these locks.
+    drop(finished);
     hub.finished();
     let error = match outcome {
         Ok(Ok(())) => StorageError::Transaction("the storage did not commit the transaction".into()),
@@ -241,7 +244,6 @@ fn finish(hub: &Arc<Hub>, mut group: Vec<FinishJob>) {
         tracing::error!(storage = %hub.id, %error, "a transaction could not be finished");
         refuse(job, &error);
     }
-    drop(finished);
 }
 
 fn refuse(job: FinishJob, error: &StorageError) {
