@@ -1,6 +1,9 @@
 """Any storage can be served: each kind that a configuration file can name, behind our server, to clients of both kinds."""
 
 import contextlib
+import os
+import subprocess
+import sys
 import threading
 import time
 
@@ -21,6 +24,8 @@ from ZODB.utils import z64
 import zeo_rs
 
 PATIENCE = 30
+
+OVER_FILE = "<demostorage>\n  <filestorage changes>\n    path {dir}/changes.fs\n  </filestorage>\n</demostorage>"
 
 FILE = "<filestorage>\n  path {dir}/Data.fs\n</filestorage>"
 OURS = "%import zeo_rs\n<clientstorage>\n  server {below}\n  blob-dir {dir}/fan-out\n</clientstorage>"
@@ -252,3 +257,89 @@ def test_a_race_through_both_levels(fan_out, connect, tmp_path):
             thread.join(2 * PATIENCE)
             assert not thread.is_alive()
         assert not failures
+
+
+# -- conflict resolution
+
+
+CLASSES = """
+from persistent import Persistent
+
+
+class Counter(Persistent):
+    value = 0
+
+    def _p_resolveConflict(self, old, committed, new):
+        return {'value': committed['value'] + new['value'] - old.get('value', 0)}
+"""
+
+INCREMENT_TWICE = """
+import sys, transaction, ZODB
+from ZODB.POSException import ConflictError
+if sys.argv[1] == 'zeo':
+    from ZEO.ClientStorage import ClientStorage
+else:
+    from zeo_rs import ClientStorage
+from application_of_the_test import Counter
+
+address = ('127.0.0.1', int(sys.argv[2]))
+one, two = ZODB.DB(ClientStorage(address)), ZODB.DB(ClientStorage(address))
+with one.transaction() as connection:
+    connection.root()['counter'] = Counter()
+    connection.root()['counter'].value = 0
+two.storage.ping()
+managers = transaction.TransactionManager(), transaction.TransactionManager()
+a, b = (db.open(manager) for db, manager in zip((one, two), managers))
+a.root()['counter'].value += 1
+b.root()['counter'].value += 10
+managers[0].commit()
+try:
+    managers[1].commit()
+except ConflictError:
+    managers[1].abort()
+    # nothing is held: the next one goes on
+    b.root()['counter'].value += 100
+    managers[1].commit()
+a.close(), b.close()
+with two.transaction() as connection:
+    print(connection.root()['counter'].value)
+one.close(), two.close()
+"""
+
+
+@pytest.mark.parametrize("client", sorted(CLIENTS))
+@pytest.mark.parametrize("where", ["server", "client", "nowhere"])
+@pytest.mark.parametrize("storage", ["file", "python"])
+def test_conflicts_with_classes_and_without(where, client, storage, tmp_path):
+    """The application's class is importable in the server, or only in the client that is asked, or the server has to give up."""
+    (tmp_path / "application_of_the_test.py").write_text(CLASSES)
+    def environment(with_classes):
+        paths = [os.environ.get("PYTHONPATH", "")] + [str(tmp_path)] * with_classes
+        return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+    (tmp_path / "zeo.conf").write_text(
+        f"<zeo>\n  address 127.0.0.1:0\n  client-conflict-resolution {'yes' if where == 'client' else 'no'}\n</zeo>\n"
+        + (FILE if storage == "file" else OVER_FILE).format(dir=tmp_path)
+    )
+    reading, writing = os.pipe()
+    server = subprocess.Popen(
+        [sys.executable, "-m", "zeo_rs.runzeo", "-C", str(tmp_path / "zeo.conf"), "--ready-fd", str(writing)],
+        pass_fds=[writing],
+        env=environment(where == "server"),
+        stderr=subprocess.DEVNULL,
+    )
+    os.close(writing)
+    try:
+        with os.fdopen(reading) as ready:
+            port = ready.readline().strip().rpartition(":")[2]
+        done = subprocess.run(
+            [sys.executable, "-c", INCREMENT_TWICE, client, port],
+            env=environment(True),
+            capture_output=True,
+            text=True,
+            timeout=4 * PATIENCE,
+        )
+    finally:
+        server.terminate()
+        assert server.wait(PATIENCE) == 0
+    assert done.stdout.strip() == ("101" if where == "nowhere" else "11"), done.stderr

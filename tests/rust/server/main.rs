@@ -6,5 +6,6 @@ mod bulk;
 mod commits;
 mod handshake;
 mod ordering;
+mod others;
 mod peer;
 mod reads;

@@ -251,6 +251,66 @@ impl Peer {
         self.notices.iter().filter_map(invalidation).collect()
     }
 
+    /// As [`Self::load`] of what is current; `None`: the server has closed.
+    pub(crate) fn try_load(&mut self, oid: u64) -> Option<Result<Option<(Bytes, Tid, Option<Tid>)>, Fault>> {
+        self.try_send(&[Call::LoadBefore { oid: Oid(oid), before: Tid::MAX }])?;
+        Some(match self.message()? {
+            ServerMessage::Loaded { loaded, .. } => Ok(loaded),
+            ServerMessage::Fault { fault, .. } => Err(fault),
+            other => panic!("no load: {other:?}"),
+        })
+    }
+
+    /// A whole transaction of `(oid, serial, data)`; `None`: the server has closed, whatever became of it.
+    pub(crate) fn try_commit(
+        &mut self,
+        key: i64,
+        stores: &[(u64, Tid, &[u8])],
+    ) -> Option<Result<Tid, Fault>> {
+        let txn = Value::Int(key);
+        let mut calls = vec![Call::TpcBegin {
+            txn: txn.clone(),
+            user: Bytes::new(),
+            description: Bytes::new(),
+            extension: Value::Dict(Vec::new()),
+            tid: None,
+            status: b' ',
+        }];
+        calls.extend(stores.iter().map(|(oid, serial, data)| Call::Storea {
+            oid: Oid(*oid),
+            serial: *serial,
+            data: Bytes::copy_from_slice(data),
+            txn: txn.clone(),
+        }));
+        calls.push(Call::Vote { txn: txn.clone() });
+        self.try_send(&calls)?;
+        match self.message()? {
+            ServerMessage::Fault { fault, .. } => return Some(Err(fault)),
+            ServerMessage::Reply { .. } => {}
+            other => panic!("no vote: {other:?}"),
+        }
+        self.try_send(&[Call::TpcFinish { txn }])?;
+        match self.message()? {
+            ServerMessage::Reply { value, .. } => Some(Ok(value.as_tid().unwrap())),
+            ServerMessage::Fault { fault, .. } => Some(Err(fault)),
+            other => panic!("no finish: {other:?}"),
+        }
+    }
+
+    /// Sends calls of which the last is answered.
+    fn try_send(&mut self, calls: &[Call]) -> Option<()> {
+        let mut out = BytesMut::new();
+        for (at, call) in calls.iter().enumerate() {
+            let is_async = at + 1 < calls.len();
+            let id = match call {
+                Call::LoadBefore { oid, before } => MessageId::Load { oid: *oid, before: *before },
+                _ => MessageId::Seq(if is_async { 0 } else { 1 }),
+            };
+            wire::encode_call(self.encoding, &id, is_async, call, &mut out).unwrap();
+        }
+        self.stream.write_all(&out).ok()
+    }
+
     /// The server must close; what it said before is dropped.
     pub(crate) fn expect_closed(&mut self) {
         while self.frame().is_some() {}
@@ -274,7 +334,7 @@ impl Gate {
         self.changed.notify_all();
     }
 
-    fn pass(&self) {
+    pub(crate) fn pass(&self) {
         let mut state = self.state.lock().unwrap();
         state.1 += 1;
         self.changed.notify_all();
@@ -297,6 +357,9 @@ pub(crate) struct Gated {
     pub(crate) loads: Gate,
     pub(crate) votes: Gate,
     pub(crate) finishes: Gate,
+    /// Passed when a transaction is in the storage and not yet published.
+    pub(crate) publishes: Gate,
+    pub(crate) histories: Gate,
     pub(crate) fails: Mutex<Option<StorageError>>,
     pub(crate) quick_loads: bool,
     pub(crate) below: Mutex<Option<Arc<dyn InvalidationSink>>>,
@@ -309,6 +372,8 @@ impl Gated {
             loads: Gate::default(),
             votes: Gate::default(),
             finishes: Gate::default(),
+            publishes: Gate::default(),
+            histories: Gate::default(),
             fails: Mutex::default(),
             quick_loads,
             below: Mutex::default(),
@@ -350,7 +415,9 @@ impl Storage for Gated {
         self.inner.current_tid(oid)
     }
     fn history(&self, oid: Oid, size: usize) -> Result<Vec<HistoryEntry>> {
-        self.inner.history(oid, size)
+        let entries = self.inner.history(oid, size);
+        self.histories.pass();
+        entries
     }
     fn record_iternext(&self, next: Option<Oid>) -> Result<Option<NextRecord>> {
         self.inner.record_iternext(next)
@@ -380,7 +447,10 @@ impl Storage for Gated {
         self.finishes.pass();
         match self.fails.lock().unwrap().take() {
             Some(error) => Err(error),
-            None => self.inner.finish(group, publish),
+            None => self.inner.finish(group, &mut |committed| {
+                self.publishes.pass();
+                publish(committed);
+            }),
         }
     }
     fn abort(&self, txn: VotedTxn) {
