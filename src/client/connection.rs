@@ -21,8 +21,8 @@
 
 use std::collections::VecDeque;
 use std::collections::hash_map::Entry;
-use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use bytes::BytesMut;
@@ -30,7 +30,7 @@ use rustc_hash::FxHashMap;
 
 use super::core::Core;
 use super::error::{ClientError, Result};
-use super::inbox::Inbox;
+use super::inbox::{CHUNK, Inbox};
 use super::slot::{Answer, Slot};
 use super::stream::{Stream, Wake};
 use super::transaction::Finish;
@@ -41,6 +41,8 @@ use crate::wire::{self, Call, Encoding, MessageId, Notice, ServerMessage};
 
 /// One-way calls are collected up to here before they are written.
 const FLUSH_AT: usize = 64 << 10;
+/// So often a thread writes what others have collected, besides its own call.
+const MAX_SENDS: usize = 16;
 /// A write buffer larger than this is given back after use.
 const KEEP_BUFFER: usize = 1 << 20;
 /// Waiters that are done are dropped from the queue when it gets this long.
@@ -55,9 +57,24 @@ pub(super) struct Connection {
     wake: Arc<Wake>,
     next_id: AtomicI64,
     dead: AtomicBool,
+    /// How often callers have begun to read.
+    leads: AtomicU64,
     shared: Mutex<Shared>,
-    out: Mutex<BytesMut>,
+    out: Mutex<Out>,
+    written: Condvar,
     inbox: Mutex<Inbox>,
+}
+
+/// What is to be sent.
+#[derive(Default)]
+struct Out {
+    collected: BytesMut,
+    /// The other buffer: one is filled while one is written.
+    spare: BytesMut,
+    /// Somebody writes, without the lock, and goes on with what is collected meanwhile.
+    writing: bool,
+    /// Threads that wait for the end of that.
+    waiting: usize,
 }
 
 #[derive(Default)]
@@ -93,7 +110,10 @@ enum Lead {
 
 #[derive(PartialEq)]
 enum Filled {
+    /// All that was there.
     Some,
+    /// As much as one call takes; there may be more.
+    Full,
     /// Nothing there now, or the connection is over.
     Nothing,
     Interrupted,
@@ -122,8 +142,10 @@ impl Connection {
             wake,
             next_id: AtomicI64::new(first_id),
             dead: AtomicBool::new(false),
+            leads: AtomicU64::new(0),
             shared: Mutex::default(),
             out: Mutex::default(),
+            written: Condvar::new(),
             inbox: Mutex::new(inbox),
         }
     }
@@ -200,14 +222,14 @@ impl Connection {
             let mut out = self.out();
             for oid in new {
                 encode(
-                    &mut out,
+                    &mut out.collected,
                     self.encoding,
                     &MessageId::Load { oid, before },
                     false,
                     &Call::LoadBefore { oid, before },
                 )?;
             }
-            self.flush(&mut out)?;
+            self.flush(out)?;
         }
         Ok(())
     }
@@ -216,25 +238,26 @@ impl Connection {
     pub(super) fn send_async(&self, call: &Call) -> Result<()> {
         self.shared().check()?;
         let mut out = self.out();
-        encode(&mut out, self.encoding, &MessageId::Seq(0), true, call)?;
-        if out.len() >= FLUSH_AT { self.flush(&mut out) } else { Ok(()) }
+        encode(&mut out.collected, self.encoding, &MessageId::Seq(0), true, call)?;
+        if out.collected.len() >= FLUSH_AT { self.flush(out) } else { Ok(()) }
     }
 
     /// Several one-way calls, contiguous on the wire.
     pub(super) fn send_sequence(&self, calls: &mut dyn Iterator<Item = Result<Call>>) -> Result<()> {
         self.shared().check()?;
-        let mut out = self.out();
+        // Nobody writes, and nobody can begin to while the lock is held.
+        let mut out = self.unwritten(self.out());
         for call in calls {
-            let encoded =
-                call.and_then(|call| encode(&mut out, self.encoding, &MessageId::Seq(0), true, &call));
+            let encoded = call
+                .and_then(|call| encode(&mut out.collected, self.encoding, &MessageId::Seq(0), true, &call));
             if let Err(error) = encoded {
                 drop(out);
                 // Half a sequence cannot be taken back.
                 self.fail(ClientError::disconnected(format!("an upload broke off: {error}")));
                 return Err(error);
             }
-            if out.len() >= FLUSH_AT {
-                self.flush(&mut out)?;
+            if out.collected.len() >= FLUSH_AT {
+                self.flush_locked(&mut out)?;
             }
         }
         Ok(())
@@ -243,34 +266,89 @@ impl Connection {
     /// Sent by the background thread. Never waits behind a writer: whoever writes keeps the connection alive anyway.
     pub(super) fn keep_alive(&self) {
         if let Ok(mut out) = self.out.try_lock()
-            && wire::encode_keep_alive(self.encoding, &mut out).is_ok()
+            && !out.writing
+            && wire::encode_keep_alive(self.encoding, &mut out.collected).is_ok()
         {
-            let _ = self.flush(&mut out);
+            let _ = self.flush_locked(&mut out);
         }
     }
 
     fn send(&self, id: &MessageId, is_async: bool, call: &Call) -> Result<()> {
         let mut out = self.out();
-        if let Err(error) = encode(&mut out, self.encoding, id, is_async, call) {
+        if let Err(error) = encode(&mut out.collected, self.encoding, id, is_async, call) {
             drop(out);
             self.forget(id, &error);
             return Err(error);
         }
         // A failed write has failed every waiter, this caller's slot too.
-        self.flush(&mut out).ok();
+        self.flush(out).ok();
         Ok(())
     }
 
-    fn flush(&self, out: &mut BytesMut) -> Result<()> {
-        let written = self.stream.write_all(out);
-        out.clear();
-        if out.capacity() > KEEP_BUFFER {
-            *out = BytesMut::new();
+    /// Has everything written that is collected: by whoever writes just now, who finds it there, or by this thread. So calls
+    /// made at the same time share a `send`, and nobody waits for another's unless there is much to write.
+    fn flush(&self, out: MutexGuard<'_, Out>) -> Result<()> {
+        if out.writing {
+            if out.collected.len() < FLUSH_AT {
+                return Ok(());
+            }
+            return self.flush_locked(&mut self.unwritten(out));
         }
-        written.map_err(|error| {
-            self.fail(ClientError::disconnected(format!("the connection was lost: {error}")));
-            ClientError::disconnected(format!("the connection was lost: {error}"))
-        })
+        let mut writer = Writer { connection: self, done: false };
+        // Declared last, dropped first: the writer takes the lock when it is dropped.
+        let mut out = out;
+        out.writing = true;
+        for _ in 0..MAX_SENDS {
+            let spare = std::mem::take(&mut out.spare);
+            let mut data = std::mem::replace(&mut out.collected, spare);
+            drop(out);
+            let written = self.stream.write_all(&data);
+            data.clear();
+            out = self.out();
+            if data.capacity() <= KEEP_BUFFER {
+                out.spare = data;
+            }
+            if let Err(error) = written {
+                drop(out);
+                return Err(self.lost(&error));
+            }
+            if out.collected.is_empty() {
+                break;
+            }
+        }
+        // Where others keep this thread from its own answer: they wait for the lock meanwhile.
+        let written = self.flush_locked(&mut out);
+        writer.end(&mut out);
+        written
+    }
+
+    /// As [`Self::flush`], while nobody else writes or can begin to.
+    fn flush_locked(&self, out: &mut Out) -> Result<()> {
+        if out.collected.is_empty() {
+            return Ok(());
+        }
+        let written = self.stream.write_all(&out.collected);
+        out.collected.clear();
+        if out.collected.capacity() > KEEP_BUFFER {
+            out.collected = BytesMut::new();
+        }
+        written.map_err(|error| self.lost(&error))
+    }
+
+    /// Waits until nobody writes.
+    fn unwritten<'a>(&self, mut out: MutexGuard<'a, Out>) -> MutexGuard<'a, Out> {
+        while out.writing {
+            out.waiting += 1;
+            out = self.written.wait(out).unwrap_or_else(PoisonError::into_inner);
+            out.waiting -= 1;
+        }
+        out
+    }
+
+    fn lost(&self, error: &std::io::Error) -> ClientError {
+        let error = ClientError::disconnected(format!("the connection was lost: {error}"));
+        self.fail(error.clone());
+        error
     }
 
     /// Takes back an expectation whose call could not be encoded.
@@ -319,6 +397,7 @@ impl Connection {
                 }
                 if shared.reader == Reader::Nobody {
                     shared.reader = Reader::Somebody;
+                    self.leads.fetch_add(1, Ordering::Relaxed);
                     true
                 } else {
                     if shared.waiters.len() >= WAITERS {
@@ -355,7 +434,7 @@ impl Connection {
                 return Lead::Done;
             }
             match self.fill(&mut inbox, false) {
-                Filled::Some => {}
+                Filled::Some | Filled::Full => {}
                 Filled::Interrupted => return Lead::Interrupted,
                 Filled::Nothing => return Lead::Done,
             }
@@ -373,9 +452,12 @@ impl Connection {
         }
         let _role = Role { connection: self, parked: false };
         let mut inbox = self.inbox();
+        self.apply_ready(&mut inbox, true);
         while !self.is_dead() {
+            let filled = self.fill(&mut inbox, true);
             self.apply_ready(&mut inbox, true);
-            if self.fill(&mut inbox, true) == Filled::Nothing {
+            // Not asked once more for what is not there: the caller polls anyway.
+            if filled != Filled::Full {
                 break;
             }
         }
@@ -388,6 +470,11 @@ impl Connection {
 
     pub(super) fn is_led(&self) -> bool {
         self.shared().reader == Reader::Somebody
+    }
+
+    /// How often callers have begun to read, and whether one does now.
+    pub(super) fn leads(&self) -> (u64, bool) {
+        (self.leads.load(Ordering::Relaxed), self.is_led())
     }
 
     /// Applies the whole messages of the inbox in order. True: stopped before one for the background thread.
@@ -417,8 +504,9 @@ impl Connection {
     /// Reads what the socket has.
     fn fill(&self, inbox: &mut Inbox, now: bool) -> Filled {
         match inbox.fill(&self.stream, now) {
-            Ok(true) => Filled::Some,
-            Ok(false) => {
+            Ok(CHUNK) => Filled::Full,
+            Ok(1..) => Filled::Some,
+            Ok(0) => {
                 self.fail(ClientError::disconnected("the server closed the connection"));
                 Filled::Nothing
             }
@@ -537,7 +625,7 @@ impl Connection {
         self.shared.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn out(&self) -> MutexGuard<'_, BytesMut> {
+    fn out(&self) -> MutexGuard<'_, Out> {
         self.out.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -585,6 +673,32 @@ impl Drop for Role<'_> {
             Some(waiter) => waiter.promote(),
             None if self.parked => connection.wake.wake(),
             None => {}
+        }
+    }
+}
+
+/// Who writes without holding the lock; given up when dropped, also by a panic.
+struct Writer<'a> {
+    connection: &'a Connection,
+    done: bool,
+}
+
+impl Writer<'_> {
+    fn end(&mut self, out: &mut Out) {
+        self.done = true;
+        out.writing = false;
+        if out.waiting > 0 {
+            self.connection.written.notify_all();
+        }
+    }
+}
+
+impl Drop for Writer<'_> {
+    fn drop(&mut self) {
+        if !self.done {
+            let mut out = self.connection.out();
+            out.collected.clear();
+            self.end(&mut out);
         }
     }
 }

@@ -77,7 +77,7 @@ pub(super) fn dial(
             }
             ready => ready?,
         }
-        if !inbox.fill(&stream, false)? {
+        if inbox.fill(&stream, false)? == 0 {
             return Err(stream
                 .tls_closed()
                 .map_or(DialError::Closed("without a word (does it want TLS?)"), |error| {
@@ -162,7 +162,7 @@ impl Registered {
                 }
             }
             self.stream.wait_readable(deadline, cancelled)?;
-            if !self.inbox.fill(&self.stream, false)? {
+            if self.inbox.fill(&self.stream, false)? == 0 {
                 return Err(DialError::Closed("while the client registered"));
             }
         }

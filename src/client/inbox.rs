@@ -10,7 +10,7 @@ use crate::net::tls::looks_like_tls;
 use crate::wire::{self, Encoding, FrameReader, ServerMessage, WireError};
 
 /// One `recv` takes at most this much: a few hundred small answers, or a part of a large one.
-const CHUNK: usize = 64 << 10;
+pub(super) const CHUNK: usize = 64 << 10;
 
 #[derive(Debug)]
 pub(super) struct Inbox {
@@ -33,11 +33,11 @@ impl Default for Inbox {
 }
 
 impl Inbox {
-    /// Reads once. False: the peer closed. Costs one system call and one copy.
-    pub(super) fn fill(&mut self, stream: &Stream, now: bool) -> io::Result<bool> {
+    /// Reads once: how much, at most [`CHUNK`]; 0 if the peer closed. Costs one system call and one copy.
+    pub(super) fn fill(&mut self, stream: &Stream, now: bool) -> io::Result<usize> {
         let count = stream.read(&mut self.chunk, now)?;
         self.received.extend_from_slice(self.chunk.get(..count).unwrap_or_default());
-        Ok(count > 0)
+        Ok(count)
     }
 
     /// What has been received begins as TLS does.

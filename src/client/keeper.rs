@@ -17,8 +17,12 @@ use crate::net::Address;
 use crate::pickle::Value;
 use crate::wire::{Call, Notice};
 
-/// While callers read for themselves the thread only looks in every so often, so that not every reply wakes it too.
+/// While callers read for themselves the thread only looks in every so often, so that not every reply wakes it too:
+/// first after this long, ever more seldom while they go on.
 const NAP: Duration = Duration::from_millis(1);
+const LONG_NAP: Duration = Duration::from_millis(8);
+/// Callers that read so often during a nap are busy.
+const BUSY: u64 = 8;
 /// Longest sleep while connecting without anything due.
 const IDLE: Duration = Duration::from_secs(1);
 
@@ -324,6 +328,7 @@ impl Keeper {
         let since = Instant::now();
         // What came with the last message of the verification.
         connection.read_in_background();
+        let (mut seen, mut nap) = (0, NAP);
         while !connection.is_dead() && better.is_none() {
             if client.is_closing() {
                 connection.fail(ClientError::disconnected("closed"));
@@ -334,12 +339,16 @@ impl Keeper {
             } else {
                 self.drop_late();
             }
-            if connection.is_led() {
-                client.wake.wait(NAP);
+            let buffered = connection.has_buffered();
+            let (leads, is_led) = connection.leads();
+            if !buffered && (is_led || leads != seen) {
+                let busy = is_led && leads == seen || leads - seen >= BUSY;
+                nap = if busy { (2 * nap).min(LONG_NAP) } else { NAP };
+                seen = leads;
+                client.wake.wait(nap);
             } else {
                 let until = alive.min(if probing { probe } else { alive });
                 let timeout = until.saturating_duration_since(Instant::now()).min(IDLE);
-                let buffered = connection.has_buffered();
                 match connection
                     .stream
                     .poll(Some(&client.wake), if buffered { Duration::ZERO } else { timeout })
