@@ -208,19 +208,29 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Connection<S> {
                 self.received.reserve(self.frames.room_wanted(&self.received).max(READ));
             }
             let Self { session, socket, received, .. } = self;
-            tokio::select! {
-                biased;
-                () = mailbox.filled(), if session.may_listen() => {}
-                () = mailbox.until_condemned(), if !session.may_listen() => {}
-                () = alarm.rings(), if alarm.is_set() => session.look_at_deadline(),
-                () = sleep_until(stop_at.unwrap_or_else(Instant::now).into()), if stop_at.is_some() => return End::Stop,
-                _ = stop.changed(), if stop_at.is_none() => {}
-                done = transfer(socket, &mut session.out, received, &mut session.stream, may_serve) => match done {
-                    Transfer::Sent(count) => session.count_traffic(0, count),
-                    Transfer::Received(count) => session.count_traffic(count, 0),
-                    Transfer::Ended => return End::Peer,
-                    Transfer::Read(buffer) => session.stream_on(buffer),
-                }
+            // First without the rest of what is waited for: to ask it costs more than most requests.
+            let at_once =
+                now(transfer(socket, &mut session.out, received, &mut session.stream, may_serve)).await;
+            let done = match at_once {
+                Some(done) => done,
+                None => tokio::select! {
+                    biased;
+                    () = mailbox.filled(), if session.may_listen() => continue,
+                    () = mailbox.until_condemned(), if !session.may_listen() => continue,
+                    () = alarm.rings(), if alarm.is_set() => {
+                        session.look_at_deadline();
+                        continue;
+                    }
+                    () = sleep_until(stop_at.unwrap_or_else(Instant::now).into()), if stop_at.is_some() => return End::Stop,
+                    _ = stop.changed(), if stop_at.is_none() => continue,
+                    done = transfer(socket, &mut session.out, received, &mut session.stream, may_serve) => done,
+                },
+            };
+            match done {
+                Transfer::Sent(count) => session.count_traffic(0, count),
+                Transfer::Received(count) => session.count_traffic(count, 0),
+                Transfer::Ended => return End::Peer,
+                Transfer::Read(buffer) => session.stream_on(buffer),
             }
         }
     }
@@ -267,6 +277,16 @@ impl Alarm {
             self.0 = None;
         }
     }
+}
+
+/// The result of `future` if it is ready now. Nobody is kept from their turn: the runtime's budget ends it every so often.
+async fn now<T>(future: impl Future<Output = T>) -> Option<T> {
+    let mut future = pin!(future);
+    poll_fn(|cx| match future.as_mut().poll(cx) {
+        Poll::Ready(done) => Poll::Ready(Some(done)),
+        Poll::Pending => Poll::Ready(None),
+    })
+    .await
 }
 
 enum Transfer {
