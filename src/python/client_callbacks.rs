@@ -2,8 +2,9 @@
 
 use std::path::PathBuf;
 
+use pyo3::intern;
 use pyo3::prelude::*;
-use pyo3::types::{PyDict, PyTuple, PyWeakrefReference};
+use pyo3::types::{PyDict, PyList, PyString, PyTuple, PyWeakrefMethods, PyWeakrefReference};
 
 use super::convert::{oid_bytes, tid_bytes};
 use crate::client::{CallbackError, DatabaseCallbacks, Session};
@@ -20,17 +21,21 @@ impl Callbacks {
 
     /// Calls a method of the storage, if it and the interpreter are still there. Its errors are reported, not raised:
     /// there is nobody to catch them.
-    fn call(&self, method: &str, args: impl FnOnce(Python<'_>) -> PyResult<Py<PyTuple>>) {
+    fn call(
+        &self,
+        method: impl FnOnce(Python<'_>) -> &Bound<'_, PyString>,
+        args: impl FnOnce(Python<'_>) -> PyResult<Py<PyTuple>>,
+    ) {
         Python::try_attach(|py| {
+            let method = method(py);
             let called = (|| -> PyResult<()> {
-                let storage = self.0.bind(py).as_any().call0()?;
-                if !storage.is_none() {
+                if let Some(storage) = self.0.bind(py).upgrade() {
                     storage.call_method1(method, args(py)?.bind(py))?;
                 }
                 Ok(())
             })();
             if let Err(error) = called {
-                tracing::error!(method, %error, "a callback of the storage failed");
+                tracing::error!(%method, %error, "a callback of the storage failed");
                 error.write_unraisable(py, None);
             }
         });
@@ -53,33 +58,39 @@ impl DatabaseCallbacks for Callbacks {
     }
 
     fn invalidate(&self, tid: Tid, oids: &[Oid]) {
-        self.call("_invalidate", |py| {
-            let oids: Vec<_> = oids.iter().map(|oid| oid_bytes(py, *oid)).collect();
-            Ok((tid_bytes(py, tid), oids).into_pyobject(py)?.unbind())
-        });
+        self.call(
+            |py| intern!(py, "_invalidate"),
+            |py| {
+                let oids = PyList::new(py, oids.iter().map(|oid| oid_bytes(py, *oid)))?;
+                Ok((tid_bytes(py, tid), oids).into_pyobject(py)?.unbind())
+            },
+        );
     }
 
     fn invalidate_cache(&self) {
-        self.call("_invalidate_cache", |py| Ok(PyTuple::empty(py).unbind()));
+        self.call(|py| intern!(py, "_invalidate_cache"), |py| Ok(PyTuple::empty(py).unbind()));
     }
 
     fn connected(&self, session: &Session) {
-        self.call("_connected", |py| {
-            let protocol = match session.encoding {
-                Encoding::Pickle => "Z5",
-                Encoding::Msgpack => "M5",
-            };
-            let args = (&session.host, session.port, protocol, session.read_only, session.generation);
-            Ok(args.into_pyobject(py)?.unbind())
-        });
+        self.call(
+            |py| intern!(py, "_connected"),
+            |py| {
+                let protocol = match session.encoding {
+                    Encoding::Pickle => "Z5",
+                    Encoding::Msgpack => "M5",
+                };
+                let args = (&session.host, session.port, protocol, session.read_only, session.generation);
+                Ok(args.into_pyobject(py)?.unbind())
+            },
+        );
     }
 
     fn disconnected(&self) {
-        self.call("_disconnected", |py| Ok(PyTuple::empty(py).unbind()));
+        self.call(|py| intern!(py, "_disconnected"), |py| Ok(PyTuple::empty(py).unbind()));
     }
 
     fn stale_cache(&self) {
-        self.call("_stale_cache", |py| Ok(PyTuple::empty(py).unbind()));
+        self.call(|py| intern!(py, "_stale_cache"), |py| Ok(PyTuple::empty(py).unbind()));
     }
 
     fn interrupted(&self) -> Result<(), CallbackError> {

@@ -1,4 +1,5 @@
-//! Straight-line codec of the messages that make up most traffic: `loadBefore` and its answer, `storea`, blob chunks.
+//! Straight-line codec of the messages that make up most traffic: `loadBefore` and its answer, `storea`, blob chunks; in
+//! `M5` also invalidations.
 //!
 //! Decoding compares the frame with the exact bytes that ZEO's Python client and server and this crate write, and cuts
 //! the variable parts; anything that differs in any byte is left (`None`) to the general path, which gives the same
@@ -113,7 +114,7 @@ fn one_way(call: Call) -> Request {
 pub(super) fn server_message(encoding: Encoding, frame: &Bytes) -> Option<ServerMessage> {
     let template = Template::of(encoding);
     let cut = || Cut { encoding, template, frame, pos: 0 };
-    loaded(cut()).or_else(|| download(cut()))
+    loaded(cut()).or_else(|| invalidation(cut())).or_else(|| download(cut()))
 }
 
 fn loaded(mut cut: Cut<'_>) -> Option<ServerMessage> {
@@ -127,6 +128,28 @@ fn loaded(mut cut: Cut<'_>) -> Option<ServerMessage> {
     };
     cut.end(cut.template.loaded_end)?;
     Some(ServerMessage::Loaded { oid, before, loaded: Some((data, tid, end_tid)) })
+}
+
+/// `M5` only: as a pickle a list has several forms.
+fn invalidation(mut cut: Cut<'_>) -> Option<ServerMessage> {
+    if cut.encoding != Encoding::Msgpack {
+        return None;
+    }
+    cut.literal(b"\x94\0\xc3\xb5invalidateTransaction\x92")?;
+    let tid = Tid(cut.eight()?);
+    let [kind] = cut.number()?;
+    let count = match kind {
+        0x90..=0x9f => usize::from(kind & 0xf),
+        0xdc => usize::from(u16::from_be_bytes(cut.number()?)),
+        0xdd => u32::from_be_bytes(cut.number()?) as usize,
+        _ => return None,
+    };
+    // Nothing is allocated for oids that are not there.
+    if cut.frame.len() - cut.pos != count.checked_mul(10)? {
+        return None;
+    }
+    let oids = (0..count).map(|_| cut.eight().map(Oid)).collect::<Option<Vec<_>>>()?;
+    Some(ServerMessage::Notice(Notice::InvalidateTransaction { tid, oids }))
 }
 
 fn download(mut cut: Cut<'_>) -> Option<ServerMessage> {

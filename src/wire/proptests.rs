@@ -187,6 +187,16 @@ proptest! {
             prop_assert_eq!(&fast, &codec::decode_server_message_generally(encoding, &frame).unwrap());
             prop_assert_eq!(fast, ServerMessage::Notice(chunk));
 
+            for count in [0, 1, 15, 16, 300] {
+                let told = Notice::InvalidateTransaction { tid, oids: vec![oid; count] };
+                let mut out = BytesMut::new();
+                encode_notice(Encoding::Msgpack, &told, &mut out).unwrap();
+                let frame = unframed(out);
+                let fast = fast::server_message(Encoding::Msgpack, &frame).expect("taken by the hot path");
+                prop_assert_eq!(&fast, &codec::decode_server_message_generally(Encoding::Msgpack, &frame).unwrap());
+                prop_assert_eq!(fast, ServerMessage::Notice(told));
+            }
+
             for call in [
                 Call::Storea { oid, serial: tid, data: data.clone(), txn: Value::from(txn >> 1) },
                 Call::StoreBlobChunk { chunk: data.clone() },
@@ -205,7 +215,7 @@ proptest! {
     fn the_hot_path_takes_nothing_it_should_not(
         (oid, before) in (oids(), tids()),
         data in proptest::collection::vec(any::<u8>(), 0..20),
-        which in 0..4,
+        which in 0..5,
         at in any::<usize>(),
         with in any::<u8>(),
         length in any::<usize>(),
@@ -220,6 +230,10 @@ proptest! {
                 2 => {
                     let call = Call::Storea { oid, serial: before, data, txn: Value::Int(1 << 40) };
                     encode_call(encoding, &MessageId::Seq(0), true, &call, &mut out)
+                }
+                3 => {
+                    let told = Notice::InvalidateTransaction { tid: before, oids: vec![oid; data.len()] };
+                    encode_notice(encoding, &told, &mut out)
                 }
                 _ => encode_notice(encoding, &Notice::ReceiveBlobChunk { oid, serial: before, chunk: data }, &mut out),
             }.unwrap();
