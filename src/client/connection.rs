@@ -16,8 +16,8 @@
 //! Waiting, reading and failing are in one file (of more than 500 lines) because they are right only together.
 //!
 //! # Locks
-//! `shared` (who waits, who reads; held for a few instructions), `out` (while writing), `inbox` (by the
-//! reader, uncontended). None of them is held while Python code runs, except `inbox`, for which nobody waits.
+//! `shared` (who waits, who reads; held for a few instructions), `out` (what is to be sent; not held while one thread
+//! writes it for all), `inbox` (by the reader, uncontended). None of them is held while Python code runs, except `inbox`, for which nobody waits.
 
 use std::collections::VecDeque;
 use std::collections::hash_map::Entry;
