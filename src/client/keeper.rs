@@ -21,8 +21,8 @@ use crate::wire::{Call, Notice};
 /// first after this long, ever more seldom while they go on.
 const NAP: Duration = Duration::from_millis(1);
 const LONG_NAP: Duration = Duration::from_millis(8);
-/// Callers that read so often during a nap are busy.
-const BUSY: u64 = 8;
+/// Callers that read so often a millisecond are busy.
+const BUSY: u64 = 2;
 /// Longest sleep while connecting without anything due.
 const IDLE: Duration = Duration::from_secs(1);
 
@@ -342,7 +342,8 @@ impl Keeper {
             let buffered = connection.has_buffered();
             let (leads, is_led) = connection.leads();
             if !buffered && (is_led || leads != seen) {
-                let busy = is_led && leads == seen || leads - seen >= BUSY;
+                // A long answer keeps one caller reading all the time.
+                let busy = is_led && leads == seen || leads - seen >= BUSY * nap.as_millis() as u64;
                 nap = if busy { (2 * nap).min(LONG_NAP) } else { NAP };
                 seen = leads;
                 client.wake.wait(nap);
