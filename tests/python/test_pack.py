@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import transaction
@@ -197,6 +198,43 @@ def test_it_can_be_cancelled(tmp_path):
     assert not os.path.exists(path + ".pack")
 
 
+def test_progress_and_throttle(tmp_path):
+    """Reports say how far it is; a throttled pack takes its time, and can be cancelled while it waits."""
+    path = str(tmp_path / "Data.fs")
+    storage = FileStorage(path)
+    database = ZODB.DB(storage)
+    for turn in range(3):
+        with database.transaction() as connection:
+            for number in range(20):
+                connection.root()[number] = PersistentMapping(text="%d" % turn + "x" * 300_000)
+    size = storage.getSize()
+    reports = []
+    with pytest.raises(ZODB.POSException.POSError, match="cancelled"):
+        # an hour, if it were not for the second report
+        storage.pack(10**10, referencesf, throttle=5_000, progress=lambda at: reports.append(at) or len(reports) < 3)
+    assert storage.getSize() == size and len(reports) == 3
+    reports.clear()
+    started = time.monotonic()
+    storage.pack(10**10, referencesf, throttle=40_000_000, progress=reports.append)
+    # the file is read whole, and what stays of it is written
+    assert time.monotonic() - started > 0.4
+    assert storage.getSize() < size / 2
+    phases = {}
+    for at in reports:
+        assert set(at) == {"phase", "bytes_done", "bytes_total", "objects_done", "objects_total"}
+        phases.setdefault(at["phase"], []).append(at)
+        if at["bytes_total"]:
+            assert at["bytes_done"] <= at["bytes_total"]
+        if at["objects_total"]:
+            assert at["objects_done"] <= at["objects_total"]
+    assert [phase for phase in phases if phase != "catch up"] == ["index", "mark", "copy", "switch"]
+    assert len(phases["index"]) > 2 and phases["index"][0]["bytes_total"] == size
+    for of_phase in phases.values():
+        done = [at["bytes_done"] for at in of_phase]
+        assert done == sorted(done)
+    database.close()
+
+
 NO_ROOM = """
 import os, resource, signal, sys
 from ZODB.serialize import referencesf
@@ -272,8 +310,8 @@ def test_zodbs_packer(tmp_path, caplog, capsys, gc, keep_old):
     files = [sum(name.endswith(".blob") for _, _, names in os.walk(blobs) for name in names)]
     storage = FileStorage(path, blob_dir=blobs, packer=ZodbFileStorage.packer, pack_keep_old=keep_old)
     sizes = [storage.getSize()]
-    for time in half, 10**10, 10**10:
-        storage.pack(time, referencesf, gc=gc)
+    for when in half, 10**10, 10**10:
+        storage.pack(when, referencesf, gc=gc)
         sizes.append(storage.getSize())
         files.append(sum(name.endswith(".blob") for _, _, names in os.walk(blobs) for name in names))
     assert sizes[0] > sizes[1] > sizes[2] == sizes[3] == os.path.getsize(path)
