@@ -27,6 +27,9 @@ const CURRENT: Tid = Tid(u64::MAX);
 
 type NodeId = u32;
 
+// What is said of [`NODE_OVERHEAD`] is true.
+const _: () = assert!(size_of::<Node>() <= 64);
+
 struct Node {
     oid: Oid,
     tid: Tid,
