@@ -24,7 +24,7 @@ fn record(oid: u64, revision: u8) -> Vec<u8> {
 }
 
 fn serve_file(directory: &Path, config: ServerConfig) -> (Arc<FileStorage>, ServerHandle) {
-    let storage = FileStorage::open(&directory.join("Data.fs"), FileStorageOptions::default()).unwrap();
+    let storage = FileStorage::open(directory.join("Data.fs"), FileStorageOptions::default()).unwrap();
     let storage = Arc::new(storage);
     let server = serve(ServerConfig { staging_memory: MEMORY, ..config }, Arc::clone(&storage) as _);
     (storage, server)
@@ -96,7 +96,7 @@ fn a_large_transaction_is_the_same_from_disk() {
     }
     assert_eq!(peer.load(1, Tid::MAX).unwrap().unwrap().0, "again");
     drop(server);
-    let reopened = FileStorage::open(&directory.path().join("Data.fs"), FileStorageOptions::default());
+    let reopened = FileStorage::open(directory.path().join("Data.fs"), FileStorageOptions::default());
     assert_eq!(reopened.unwrap().load_serial(Oid(1), first).unwrap(), "again");
 }
 
