@@ -131,7 +131,6 @@ fn a_blob_transaction_is_there_with_its_files_or_not_at_all() {
     let data = Some(Bytes::from_static(BLOB).into());
     let restore = Op::Restore { oid: Oid(4), serial: copied, data, prev_txn: None, blob: Some(upload) };
     finished(vec![vote(&storage, Some(copied), vec![restore]).unwrap()]);
-    drop(finished);
     let (count, expected) = blobs(&storage);
     assert_eq!((count, expected.len()), (5, 6));
     let tids: Vec<Tid> = {
@@ -187,14 +186,12 @@ fn recover(
     // The transaction that was not finished is made again, under the same tid and with other blobs: whatever
     // is left of the first attempt is not taken for them.
     let Some(&tid) = tids.get(count) else { return };
-    for ((oid, _), _) in expected.iter().filter(|((_, serial), _)| *serial == tid) {
-        let serial = storage.current_tid(*oid).unwrap_or(Tid::ZERO);
-        let op = store(&storage, oid.0, serial, b"the second attempt");
-        finish(&storage, vec![vote(&storage, Some(tid), vec![op]).unwrap()]).unwrap();
-        let path = storage.blob_path(*oid, tid).unwrap();
-        assert_eq!(fs::read(path).unwrap(), b"the second attempt");
-        break;
-    }
+    let Some(&(oid, _)) = expected.keys().find(|(_, serial)| *serial == tid) else { return };
+    let serial = storage.current_tid(oid).unwrap_or(Tid::ZERO);
+    let op = store(&storage, oid.0, serial, b"the second attempt");
+    finish(&storage, vec![vote(&storage, Some(tid), vec![op]).unwrap()]).unwrap();
+    let path = storage.blob_path(oid, tid).unwrap();
+    assert_eq!(fs::read(path).unwrap(), b"the second attempt");
 }
 
 #[test]

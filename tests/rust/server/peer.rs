@@ -19,6 +19,9 @@ use zeo_rs::storage::{
 };
 use zeo_rs::wire::{self, Call, Encoding, Fault, FrameReader, MessageId, Notice, ServerMessage};
 
+/// Of a load: data, tid, and the tid of the next revision.
+pub(crate) type Answer = Result<Option<(Bytes, Tid, Option<Tid>)>, Fault>;
+
 /// Nothing in these tests takes this long unless it hangs.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -180,12 +183,12 @@ impl Peer {
         }
     }
 
-    pub(crate) fn load(&mut self, oid: u64, before: Tid) -> Result<Option<(Bytes, Tid, Option<Tid>)>, Fault> {
+    pub(crate) fn load(&mut self, oid: u64, before: Tid) -> Answer {
         self.send(&Call::LoadBefore { oid: Oid(oid), before }, false);
         self.loaded()
     }
 
-    pub(crate) fn loaded(&mut self) -> Result<Option<(Bytes, Tid, Option<Tid>)>, Fault> {
+    pub(crate) fn loaded(&mut self) -> Answer {
         match self.message().expect("closed") {
             ServerMessage::Loaded { loaded, .. } => Ok(loaded),
             ServerMessage::Fault { fault, .. } => Err(fault),
@@ -252,7 +255,7 @@ impl Peer {
     }
 
     /// As [`Self::load`] of what is current; `None`: the server has closed.
-    pub(crate) fn try_load(&mut self, oid: u64) -> Option<Result<Option<(Bytes, Tid, Option<Tid>)>, Fault>> {
+    pub(crate) fn try_load(&mut self, oid: u64) -> Option<Answer> {
         self.try_send(&[Call::LoadBefore { oid: Oid(oid), before: Tid::MAX }])?;
         Some(match self.message()? {
             ServerMessage::Loaded { loaded, .. } => Ok(loaded),
