@@ -307,7 +307,7 @@ impl Client {
 #[test]
 fn every_schedule_shows_every_client_one_history() {
     let mut checked = 0;
-    for seed in 0..400 {
+    for seed in 0..200 {
         let mut sim = Sim::new(seed);
         for _ in 0..120 {
             sim.step(false);
@@ -321,4 +321,26 @@ fn every_schedule_shows_every_client_one_history() {
         sim.hub.committer.stop();
     }
     assert!(checked > 1000, "{checked} loads were checked");
+}
+
+/// A client that always has a load on its way to the disk and back remembers what its oldest load has to know, no more.
+#[test]
+fn loads_that_never_pause_keep_nothing_for_ever() {
+    let mut sim = Sim::new(1);
+    sim.connect();
+    let mut previous = None;
+    for _ in 0..100 {
+        let view = sim.clients[0].session.view;
+        sim.clients[0].session.slow_loads.push(view);
+        sim.commit_below();
+        sim.clients[0].session.listen();
+        if let Some(previous) = previous.replace(view) {
+            sim.clients[0].session.slow_load_done(previous);
+        }
+        // the one that is on its way still has to hear of what came after it
+        let kept: Vec<Tid> =
+            sim.clients[0].session.published_meanwhile.iter().map(|publication| publication.tid).collect();
+        assert_eq!(kept, [sim.clients[0].session.view]);
+    }
+    sim.hub.committer.stop();
 }
