@@ -101,7 +101,7 @@ def test_with_server_sync_a_new_transaction_sees_every_commit(server):
 def test_server_sync_with_zeos_server_asks_it():
     """ZEO's server may answer before it has told of a commit; what can be had is that it is asked at all."""
     with Server("zeo", blobs=False) as server:
-        with opened(server.address, server_sync=True) as storage:
+        with opened(server.address, server_sync=True, wait_timeout=10) as storage:
             before = storage.lastTransaction()
             storage.sync()
             with opened(server.address) as other:
@@ -415,8 +415,9 @@ def test_prefetch_of_a_zodb_connection(server):
             many = connection.root()["many"]
             many._p_activate()
             objects = list(many.values())
+            before = storage.cache_stats()["revisions"]
             connection.prefetch(objects)
-            until(lambda: storage.cache_stats()["revisions"] >= 500, "the prefetch")
+            until(lambda: storage.cache_stats()["revisions"] == before + 500, "the prefetch")
             misses = storage.cache_stats()["misses"]
             assert sum(one["n"] for one in objects) == sum(range(500))
             assert storage.cache_stats()["misses"] == misses

@@ -114,14 +114,14 @@ def test_frames_transactions_and_iterators_are_limited(tmp_path):
 @pytest.mark.parametrize("how", ["limit", "timeout"])
 def test_a_client_that_does_not_read_is_dropped_and_nobody_else_notices(tmp_path, how):
     # less than the invalidation of one transaction, which everybody is given the time to read
-    key = "max-unread-invalidations 100KB" if how == "limit" else "peer-timeout 1"
+    key = "max-unread-invalidations 100KB" if how == "limit" else "peer-timeout 2"
     with serving(tmp_path, key) as server, Raw(server.address) as writer, Raw(server.address) as reader:
         sleeper = Raw(server.address)
         sleeper.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         # the invalidations of many objects, until the sockets' buffers are full and the server has to keep them
         oids = [number.to_bytes(8, "big") for number in range(1, 20_001)]
         serials = dict.fromkeys(oids, Z64)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 240
         count = 0
         while ask(server.address, 20)["1"]["connections"] == 3:
             assert time.monotonic() < deadline
@@ -189,8 +189,9 @@ def test_slow_operations_are_logged(tmp_path):
         two.answer(waiting)
         two.call("tpc_abort", 1)
         log = log_of(server, tmp_path)
-    (line,) = re.findall(r".*slow operation.*", log)
-    assert "label=batch" in line and "storage=1" in line and "call=vote" in line and "client=127.0.0.1:" in line
+    # on a busy machine others may be slow as well
+    (line,) = (line for line in re.findall(r".*slow operation.*", log) if "label=batch" in line and "call=vote" in line)
+    assert "storage=1" in line and "client=127.0.0.1:" in line
     assert float(re.search(r"seconds=([\d.]+)", line)[1]) >= 0.2
 
 
@@ -213,7 +214,8 @@ def test_no_slow_operations_if_told_so(tmp_path):
 
 
 def test_a_transaction_that_holds_its_locks_too_long(tmp_path):
-    with serving(tmp_path, "transaction-timeout 1") as server, Raw(server.address) as one, Raw(server.address) as two:
+    # long enough to finish, on a busy machine, what was just voted
+    with serving(tmp_path, "transaction-timeout 4") as server, Raw(server.address) as one, Raw(server.address) as two:
         one.cast("set_client_label", "web 7")
         one.answer(vote(one, 1))
         waiting = vote(two, 1)
@@ -222,7 +224,8 @@ def test_a_transaction_that_holds_its_locks_too_long(tmp_path):
         two.call("tpc_finish", 1)
         log = log_of(server, tmp_path)
     (line,) = re.findall(r".*transaction timeout.*", log)
-    assert "CRITICAL" in line and "label=web 7" in line and "storage=1" in line and "age=1" in line
+    assert "CRITICAL" in line and "label=web 7" in line and "storage=1" in line
+    assert float(re.search(r"age=([\d.]+)s", line)[1]) >= 4
     assert "client=127.0.0.1:" in line
 
 
