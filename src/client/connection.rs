@@ -696,6 +696,11 @@ impl Writer<'_> {
 impl Drop for Writer<'_> {
     fn drop(&mut self) {
         if !self.done {
+            if std::thread::panicking() {
+                // Others count on this thread to write their calls.
+                let reason = ClientError::disconnected("internal error while writing (a bug)");
+                self.connection.fail(reason);
+            }
             let mut out = self.connection.out();
             out.collected.clear();
             self.end(&mut out);

@@ -866,6 +866,35 @@ fn an_invalidation_behind_a_prefetched_object_ends_it() {
     }
 }
 
+/// Who finds another thread writing leaves its call in the buffer: it waits for nothing, and the writer sends it.
+#[test]
+fn a_call_behind_a_writer_that_waits_is_not_lost() {
+    for encoding in BOTH {
+        let server = FakeServer::new(encoding);
+        std::thread::scope(|scope| {
+            let peer = scope.spawn(|| server.serve(Tid(10)));
+            let test = TestClient::open(server.options());
+            test.client.wait_connected(PATIENCE).unwrap();
+            let mut peer = peer.join().unwrap();
+            assert!(peer.received.is_empty());
+            // More than the system takes for a peer that does not read.
+            let specification = Value::Bytes(vec![0; 64 << 20].into());
+            let client = test.client.clone();
+            let asked = scope
+                .spawn(move || client.call("undoInfo", &Call::UndoInfo { first: 0, last: 1, specification }));
+            let mut length = [0; 4];
+            peer.socket.read_exact(&mut length).unwrap();
+            test.client.prefetch(&[Oid(1)], Tid(11));
+            let mut large = vec![0; u32::from_be_bytes(length) as usize];
+            peer.socket.read_exact(&mut large).unwrap();
+            let id = decode_request(encoding, &large.into()).unwrap().id;
+            peer.expect(|call| matches!(call, Call::LoadBefore { oid: Oid(1), before: Tid(11) }));
+            peer.reply(&id, &Value::None);
+            assert_eq!(asked.join().unwrap().unwrap(), Value::None);
+        });
+    }
+}
+
 /// What a server tells twice or out of order moves nothing back and harms no newer revision.
 #[test]
 fn the_last_tid_never_goes_back() {
