@@ -336,9 +336,10 @@ class Bench:
 
 
 def run_on(workers, addr, jobs, timeout=300, during=None):
-    """One job a worker; what `Bench.run` does, for workers of different kinds."""
+    """One job a worker; what `Bench.run` does, for workers of different kinds. `addr`: of all, or a tuple of one each."""
+    addrs = addr if isinstance(addr[0], tuple) else (addr,) * len(workers)
     try:
-        for worker, (name, arguments) in zip(workers, jobs):
+        for worker, addr, (name, arguments) in zip(workers, addrs, jobs):
             worker.send({"job": name, "kind": worker.kind, "addr": addr, "args": arguments})
         for worker in workers:
             worker.receive(timeout)

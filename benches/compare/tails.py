@@ -1,9 +1,14 @@
-"""Latencies of single loads while another client keeps the server busy. Exact percentiles of all samples."""
+"""Latencies of single loads while another client keeps the server busy. Exact percentiles of all samples.
+
+The column "other server" is what the machine itself does to a load: the same work of the same client, but on another
+server process, while the server that is loaded from has nothing else to do.
+"""
 import shutil
 
 from . import data
 from .harness import run_on
 
+OTHER = ", other server"
 WORK = ("idle", "during a commit of 100 MB", "during a blob upload", "during pack")
 
 
@@ -27,7 +32,10 @@ def run(bench):
             continue
 
         def measure(client, server):
-            target = bench.server(server, source)
+            kind = server.removesuffix(OTHER)
+            target = worked = bench.server(kind, source)
+            if server != kind:
+                worked = bench.server(kind, source)
             directory = bench.directory("tails")
             try:
                 sampler = ("latency.sample", {"first": first, "objects": objects, "seconds": seconds})
@@ -41,11 +49,12 @@ def run(bench):
                     arguments = dict(arguments, **ends)
                     if name == "blobs.upload":
                         arguments["directory"] = directory
-                    report, other = run_on(bench.workers(client, 2), target.addr, [sampler, (name, arguments)], timeout=300)
+                    report, other = run_on(bench.workers(client, 2), (target.addr, worked.addr), [sampler, (name, arguments)],
+                                           timeout=300)
                     times = [duration for begin, duration in report["samples"]
                              if any(a <= begin + duration and begin <= b for a, b in other["intervals"])]
             finally:
-                bench.discard([target])
+                bench.discard({target, worked})
                 shutil.rmtree(directory, ignore_errors=True)
             times.sort()
             if not times:
@@ -54,6 +63,9 @@ def run(bench):
                   for name, part in (("p50", 0.5), ("p99", 0.99), ("p99.9", 0.999))}
             return {**at, "max": times[-1] / 1e3, "samples": len(times)}
         idle = work == WORK[0]
+        pairs = bench.pairs()
+        if not idle and "rs" in bench.options.kinds:
+            pairs.append(("rs", "rs" + OTHER))
         bench.alternate("tails", f"load {work}", {**dict.fromkeys(("p50", "p99", "p99.9", "max"), "us"), "samples": ""},
-                        measure, bench.pairs(), rounds=rounds, limit={"p50": lambda: bench.limits.roundtrip() * 1e6} if idle else None,
+                        measure, pairs, rounds=rounds, limit={"p50": lambda: bench.limits.roundtrip() * 1e6} if idle else None,
                         target={} if idle else {"p99": "<= 3x idle p99"})

@@ -4,9 +4,11 @@ Both share their directory with other processes, ZEO's Python clients among them
 (``zc.lockfile``), same order of eviction.
 """
 
+import fcntl
 import logging
 import os
 import re
+import signal
 import threading
 import time
 
@@ -243,9 +245,28 @@ def _evict(path):
     if lock is None:
         return False
     try:
-        return _remove(path)
+        return not _is_open(path) and _remove(path)
     finally:
         lock.close()
+
+
+def _is_open(path):
+    """Whether any process has the file open: the kernel gives a write lease only on one that nobody else has.
+
+    Who has it open could go on reading, but not open it again by its name, as applications do with ``committed()``.
+    Where there are no leases (network file systems, files of another user) the answer is no.
+    """
+    try:
+        with open(path, "rb") as file:
+            # Who opens the file in between lets the kernel send a signal here. SIGIO would end the process.
+            fcntl.fcntl(file, fcntl.F_SETSIG, signal.SIGURG)
+            fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+            fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass
+    return False
 
 
 def _remove(path):

@@ -108,11 +108,11 @@ impl Client {
 
     /// `store`, then the blob in `path`, chunk by chunk.
     pub fn store_blob(&self, key: &TxnKey, oid: Oid, serial: Tid, data: Bytes, path: &Path) -> Result<()> {
-        let mut upload = blob::Upload::open(path, oid, serial, data.clone(), key.clone())?;
+        let upload = blob::Upload::open(path, oid, serial, data.clone(), key.clone())?;
         self.in_txn("storeBlob", key, |connection, txn| {
             txn.stored(oid, &data);
             connection.send_async(&Call::Storea { oid, serial, data, txn: key.clone() })?;
-            connection.send_sequence(&mut upload)
+            connection.send_upload(&upload)
         })
     }
 

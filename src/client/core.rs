@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use super::blob::Downloads;
+use super::blob::{Downloads, Uploads};
 use super::error::{CallbackError, ClientError, Result};
 use super::transaction::Finish;
 use crate::cache::Cache;
@@ -52,6 +52,7 @@ pub(super) struct Core {
     pub(super) cache: Arc<Cache>,
     pub(super) callbacks: Arc<dyn DatabaseCallbacks>,
     pub(super) downloads: Downloads,
+    pub(super) uploads: Uploads,
     last_tid: AtomicU64,
     /// True while the last tid is about to move together with something else.
     gate: AtomicBool,
@@ -71,6 +72,7 @@ impl Core {
             cache,
             callbacks,
             downloads: Downloads::default(),
+            uploads: Uploads::default(),
             last_tid: AtomicU64::new(last_tid.0),
             gate: AtomicBool::new(false),
             gate_lock: Mutex::new(()),

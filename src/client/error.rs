@@ -5,7 +5,7 @@ use std::io;
 use std::sync::Arc;
 
 use crate::ids::Oid;
-use crate::wire::{Fault, FaultKind};
+use crate::wire::{Fault, FaultKind, WireError};
 
 /// Cloned to every waiter that it concerns.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -61,6 +61,12 @@ impl ClientError {
             Self::Fault(fault) => matches!(fault.kind(), FaultKind::NotFound { .. }),
             _ => false,
         }
+    }
+}
+
+impl From<WireError> for ClientError {
+    fn from(problem: WireError) -> Self {
+        Self::Unsendable(problem.to_string())
     }
 }
 

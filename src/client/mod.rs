@@ -47,6 +47,7 @@ use keeper::{Event, Keeper};
 use stream::Wake;
 use transaction::Txn;
 
+pub use blob::{BlobProgress, BlobStats};
 pub use core::{DatabaseCallbacks, Session};
 pub use error::{CallbackError, ClientError, Result};
 pub use options::{Access, Options, Timers};
@@ -389,6 +390,11 @@ impl Client {
     }
 
     // ---- blobs
+
+    /// Blobs on their way, and what has gone either way.
+    pub fn blob_stats(&self) -> BlobStats {
+        self.core.downloads.stats(&self.core.uploads)
+    }
 
     /// Downloads a blob to `target` (its partial file beside it). The caller holds the directory's lock. `None`: the
     /// server sent nothing.

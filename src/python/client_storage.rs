@@ -543,6 +543,24 @@ impl ClientStorageBase {
         self.client()?.info(key).map(|value| to_python(py, &value)).transpose()
     }
 
+    /// `uploaded`, `downloaded`: bytes since this storage was made; `transfers`: what is on its way now.
+    fn blob_stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let stats = self.client()?.blob_stats();
+        let transfers = stats.transfers.into_iter().map(|transfer| {
+            let dict = PyDict::new(py);
+            dict.set_item("direction", if transfer.is_upload { "up" } else { "down" })?;
+            dict.set_item("oid", oid_bytes(py, transfer.oid))?;
+            dict.set_item("bytes_done", transfer.bytes_done)?;
+            dict.set_item("bytes_total", transfer.bytes_total)?;
+            Ok(dict)
+        });
+        let dict = PyDict::new(py);
+        dict.set_item("transfers", transfers.collect::<PyResult<Vec<_>>>()?)?;
+        dict.set_item("uploaded", stats.uploaded)?;
+        dict.set_item("downloaded", stats.downloaded)?;
+        Ok(dict)
+    }
+
     /// `hits`, `misses` and the like of the object cache.
     fn cache_stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         let stats = self.client()?.cache().stats();

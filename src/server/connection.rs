@@ -29,6 +29,8 @@ use crate::wire::{ClientHello, Encoding, FrameReader, decode_request, put_frame}
 
 /// A read buffer is this large, unless a larger frame has begun; that of an idle connection is given back.
 const READ: usize = 16 << 10;
+/// After so many bytes received without a pause (some 100 us of work) other tasks and threads come first.
+const TURN: usize = 256 << 10;
 /// An output buffer larger than this is given back once it is sent.
 const KEEP: usize = 256 << 10;
 
@@ -182,6 +184,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Connection<S> {
         let mailbox = Arc::clone(&self.session.mailbox);
         let mut stop_at = None;
         let mut alarm = Alarm::default();
+        let mut turn = 0;
         loop {
             self.session.listen();
             let served_all = self.serve_received();
@@ -201,6 +204,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Connection<S> {
             }
             if stop_at.is_some() && !self.session.is_committing() && self.session.out.is_empty() {
                 return End::Stop;
+            }
+            if turn >= TURN {
+                turn = 0;
+                std::thread::yield_now();
+                tokio::task::yield_now().await;
             }
             alarm.set(self.session.deadline());
             let may_serve = self.session.may_serve();
@@ -228,7 +236,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Connection<S> {
             };
             match done {
                 Transfer::Sent(count) => session.count_traffic(0, count),
-                Transfer::Received(count) => session.count_traffic(count, 0),
+                Transfer::Received(count) => {
+                    session.count_traffic(count, 0);
+                    turn += count;
+                }
                 Transfer::Ended => return End::Peer,
                 Transfer::Read(buffer) => session.stream_on(buffer),
             }

@@ -33,6 +33,12 @@ pub(crate) struct Stats {
     pub(crate) conflicts: AtomicU64,
     pub(crate) conflicts_resolved: AtomicU64,
     pub(crate) active_txns: AtomicU64,
+    /// Of blobs, received and read to be sent.
+    pub(crate) blob_bytes_received: AtomicU64,
+    pub(crate) blob_bytes_sent: AtomicU64,
+    /// Blobs on their way.
+    pub(crate) uploads: Arc<AtomicU64>,
+    pub(crate) downloads: Arc<AtomicU64>,
     /// Of registered connections, as sent and received by the sockets (TLS: before encryption).
     pub(crate) bytes_received: AtomicU64,
     pub(crate) bytes_sent: AtomicU64,

@@ -82,6 +82,7 @@ pub(crate) struct Session {
     /// Finishes on their way; they are not stopped any more.
     pub(crate) committer_busy: usize,
     pub(crate) upload: Option<Upload>,
+    pub(crate) uploads: u64,
     pub(crate) stream: Option<BlobStream>,
     /// `None` while a worker thread has them.
     pub(crate) cursors: Option<Cursors>,
@@ -114,6 +115,7 @@ impl Session {
             votes: 0,
             committer_busy: 0,
             upload: None,
+            uploads: 0,
             stream: None,
             cursors: Some(cursors),
             cursor_calls: VecDeque::new(),
@@ -145,6 +147,7 @@ impl Session {
         self.hold == 0
             && self.jobs < MAX_JOBS
             && self.stream.is_none()
+            && self.upload.as_ref().is_none_or(|upload| !upload.is_full())
             && self.out.len() < HIGH_WATER
             && self.closing.is_none()
     }
@@ -282,8 +285,10 @@ impl Session {
             }
             Call::Undoa { trans_id, txn } => self.undoa(hub, &trans_id, &txn),
             Call::StoreBlobStart => self.store_blob_start(hub),
-            Call::StoreBlobChunk { chunk } => self.store_blob_chunk(&chunk),
-            Call::StoreBlobEnd { oid, serial, data, txn } => self.store_blob_end(to, oid, serial, data, txn),
+            Call::StoreBlobChunk { chunk } => self.store_blob_chunk(hub, chunk),
+            Call::StoreBlobEnd { oid, serial, data, txn } => {
+                self.store_blob_end(hub, to, oid, serial, data, txn)
+            }
             Call::StoreBlobShared { oid, serial, data, filename, txn } => {
                 self.store_blob_shared(hub, oid, serial, data, &filename, &txn)
             }

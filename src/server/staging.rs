@@ -127,6 +127,13 @@ impl Staging {
         self.total.fetch_sub(len, Ordering::Relaxed);
     }
 
+    /// The transaction is lost: nothing more of it is kept.
+    pub(super) fn fail(&mut self, error: StorageError) {
+        self.clear();
+        self.txn.ops = Vec::new();
+        self.failed = Some(error);
+    }
+
     /// Why the transaction cannot be voted.
     pub(super) fn failure(&mut self) -> Option<StorageError> {
         self.failed.take()
@@ -172,11 +179,7 @@ impl Staging {
                 self.forget(self.in_memory);
                 self.file = Some(file);
             }
-            Err(error) => {
-                self.clear();
-                self.txn.ops = Vec::new();
-                self.failed = Some(error);
-            }
+            Err(error) => self.fail(error),
         }
     }
 }

@@ -37,6 +37,10 @@ pub(crate) fn value(hub: &Arc<Hub>) -> Value {
         ("timeout-thread-is-alive", if has_timeout { true.into() } else { "stub".into() }),
         ("last-transaction", format!("{:016x}", hub.registry().last_tid().0).into()),
         ("commit_groups", number(&stats.groups)),
+        ("blob_uploads", number(&stats.uploads)),
+        ("blob_downloads", number(&stats.downloads)),
+        ("blob_bytes_received", number(&stats.blob_bytes_received)),
+        ("blob_bytes_sent", number(&stats.blob_bytes_sent)),
         ("pack", hub.pack.progress().map_or(Value::None, pack)),
         ("locks", Value::List(holders.collect())),
     ])

@@ -114,7 +114,7 @@ impl Session {
         }
         let extension = encode_extension(extension).map_err(|error| Fault::value_error(error.to_string()))?;
         // Begun by a client that gave up in the middle of an upload.
-        self.upload = None;
+        self.abort_upload();
         let meta = TxnMeta { user: own(user), description: own(description), extension };
         self.txn = Some(Transaction {
             key,
@@ -204,6 +204,11 @@ impl Session {
             // An unknown id fails in the vote, as the client waits for that.
             txn.staging.push(Op::Undo { tid: tid.unwrap_or(Tid::MAX) });
         })
+    }
+
+    /// What was to be part of the transaction is lost: its vote will fail.
+    pub(crate) fn fail_transaction(&mut self, key: &TxnKey, error: StorageError) -> Served {
+        self.stage(key, |txn| txn.staging.fail(error))
     }
 
     /// A complete blob, uploaded or in the shared directory.
@@ -337,7 +342,9 @@ impl Session {
     fn voted(&mut self, hub: &Arc<Hub>, vote: u64, to: ReplyTo, verdict: Verdict) {
         let Some(txn) = self.txn.as_mut().filter(|txn| txn.vote == vote) else {
             // Aborted meanwhile.
-            dispose(&self.runtime, hub, verdict);
+            if hub.capabilities.slow_calls {
+                self.discard(verdict);
+            }
             return self.answer(to, Err(Fault::storage_transaction(vec![Value::None])));
         };
         let served = match verdict {
@@ -355,8 +362,11 @@ impl Session {
                 if matches!(error, StorageError::Conflict(_) | StorageError::ReadConflict { .. }) {
                     count(&hub.stats.conflicts);
                 }
-                drop(self.end_transaction(hub));
+                let files = self.end_transaction(hub).map(|txn| txn.files);
                 drop(locks);
+                if let Some(files) = files.filter(|files| !files.is_empty()) {
+                    self.discard(files);
+                }
                 Err(fault::of(&error))
             }
         };
@@ -404,11 +414,13 @@ impl Session {
 
     pub(crate) fn tpc_abort(&mut self, hub: &Arc<Hub>, key: &TxnKey) -> Served {
         self.may_write()?;
-        self.upload = None;
+        self.abort_upload();
         if self.txn.as_ref().is_some_and(|txn| txn.key == *key) {
             count(&hub.stats.aborts);
             let txn = self.end_transaction(hub);
-            dispose(&self.runtime, hub, txn);
+            if hub.capabilities.slow_calls || txn.as_ref().is_some_and(|txn| !txn.files.is_empty()) {
+                self.discard(txn);
+            }
         }
         Ok(Outcome::Reply(Value::None))
     }
@@ -470,13 +482,6 @@ fn lost(hub: &Hub, staged: &StagedTxn) -> Option<StorageError> {
         }
         _ => None,
     })
-}
-
-/// Drops what may abort a voted transaction, where that cannot hold up this thread for long.
-fn dispose<T: Send + 'static>(runtime: &tokio::runtime::Handle, hub: &Hub, voted: T) {
-    if hub.capabilities.slow_calls {
-        runtime.spawn_blocking(move || drop(voted));
-    }
 }
 
 fn for_client(conflict: &Conflict) -> Value {

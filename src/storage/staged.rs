@@ -122,6 +122,8 @@ impl SpillFile {
         let flush = |piece: &mut Vec<u8>, end: u64| {
             let written = self.file.write_all_at(piece, end - piece.len() as u64);
             piece.clear();
+            // It is nobody's hurry; loads may wait for the processor.
+            std::thread::yield_now();
             written
         };
         let mut write = || {

@@ -44,6 +44,24 @@ pub(super) fn decode_request_generally(encoding: Encoding, frame: &Bytes) -> Res
     Ok(Request { id: message.id, is_async: message.flag, call })
 }
 
+/// Client: appends a `storeBlobChunk` whose `length` bytes `put` appends, straight from where they are.
+///
+/// # Errors
+/// [`WireError::Unencodable`] for more than 1 GiB; those of `put`.
+pub fn encode_upload<E: From<WireError>>(
+    encoding: Encoding,
+    length: usize,
+    out: &mut BytesMut,
+    put: impl FnOnce(&mut BytesMut) -> Result<(), E>,
+) -> Result<(), E> {
+    if !fast::put_upload_head(encoding, length, out) {
+        return Err(WireError::frame_too_long().into());
+    }
+    put(out)?;
+    out.extend_from_slice(fast::upload_end(encoding));
+    Ok(())
+}
+
 /// Client: appends a call. `id` is 0 for an asynchronous one; for `loadBefore` use [`MessageId::Load`].
 ///
 /// # Errors

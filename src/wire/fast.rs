@@ -284,6 +284,23 @@ pub(super) fn put_loaded(
     true
 }
 
+/// Appends a `storeBlobChunk` up to its `length` bytes, which must follow, and then [`upload_end`].
+pub(super) fn put_upload_head(encoding: Encoding, length: usize, out: &mut BytesMut) -> bool {
+    let template = Template::of(encoding);
+    let Some((head, head_length)) = bytes_head(encoding, length) else { return false };
+    let Some(head) = head.get(..head_length) else { return false };
+    let frame = template.upload.len() + head_length + length + template.upload_end.len();
+    out.put_u32(frame as u32);
+    out.put_slice(template.upload);
+    out.put_slice(head);
+    true
+}
+
+/// What follows the bytes of a `storeBlobChunk`.
+pub(super) fn upload_end(encoding: Encoding) -> &'static [u8] {
+    Template::of(encoding).upload_end
+}
+
 fn put_pair(template: &Template, oid: Oid, before: Tid, out: &mut BytesMut) {
     out.put_slice(&template.eight);
     out.put_u64(oid.0);

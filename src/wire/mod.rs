@@ -29,7 +29,7 @@ mod reply_codec;
 pub use call::{BadCall, Call, MessageId, Request, TxnKey};
 pub use codec::{
     decode_request, decode_server_message, encode_call, encode_fault, encode_keep_alive, encode_loaded,
-    encode_notice, encode_reply,
+    encode_notice, encode_reply, encode_upload,
 };
 pub use fault::FaultKind;
 pub use frame::{FrameReader, put_frame, put_frame_with};

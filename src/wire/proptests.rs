@@ -207,6 +207,14 @@ proptest! {
                 let fast = fast::request(encoding, &frame).expect("taken by the hot path");
                 prop_assert_eq!(&fast, &codec::decode_request_generally(encoding, &frame).unwrap());
             }
+            let [mut whole, mut parts] = [BytesMut::new(), BytesMut::new()];
+            let call = Call::StoreBlobChunk { chunk: data.clone() };
+            encode_call(encoding, &MessageId::Seq(0), true, &call, &mut whole).unwrap();
+            encode_upload(encoding, data.len(), &mut parts, |out| {
+                out.extend_from_slice(&data);
+                Ok::<_, WireError>(())
+            }).unwrap();
+            prop_assert_eq!(whole, parts);
         }
     }
 

@@ -1,5 +1,8 @@
 """The directory of downloaded blobs."""
 
+import os
+import subprocess
+import sys
 import threading
 
 from zeo_rs import blobcache
@@ -29,3 +32,26 @@ def test_what_is_added_during_a_check_is_checked_after_it(tmp_path, monkeypatch)
     cache._count(50)
     assert started.acquire(timeout=30), "no check after 10 % were added"
     go_on.release()
+
+
+def test_what_is_open_is_not_evicted(tmp_path):
+    directory = tmp_path / "7"
+    directory.mkdir()
+    for number in range(4):
+        path = directory / f"{number}.0000000000000001.blob"
+        path.write_bytes(bytes(1000))
+        os.utime(path, (number, number))
+    oldest, second, third, _ = sorted(directory.iterdir())
+    with oldest.open("rb"):
+        other = subprocess.Popen(
+            [sys.executable, "-c", "import sys; f = open(sys.argv[1], 'rb'); print(flush=True); sys.stdin.read()", second],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        with other:
+            other.stdout.readline()
+            blobcache.check_size(str(tmp_path), 3000)
+            assert (oldest.exists(), second.exists(), third.exists()) == (True, True, False)
+            other.stdin.close()
+    blobcache.check_size(str(tmp_path), 1000)
+    assert [path.exists() for path in (oldest, second)] == [False, False]

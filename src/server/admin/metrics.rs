@@ -69,6 +69,13 @@ impl Collector for Storages {
             read(&hub.stats.bytes_received)
         })?;
         families.counter("sent_bytes", "sent to registered clients", |hub| read(&hub.stats.bytes_sent))?;
+        families.counter("blob_received_bytes", "of blobs, from clients", |hub| {
+            read(&hub.stats.blob_bytes_received)
+        })?;
+        families
+            .counter("blob_sent_bytes", "of blobs, to clients", |hub| read(&hub.stats.blob_bytes_sent))?;
+        families.gauge("blob_uploads", "blobs being received", |hub| read(&hub.stats.uploads) as f64)?;
+        families.gauge("blob_downloads", "blobs being sent", |hub| read(&hub.stats.downloads) as f64)?;
         families.gauge("connections", "registered clients", |hub| hub.connections() as f64)?;
         families
             .gauge("active_transactions", "begun and not ended", |hub| read(&hub.stats.active_txns) as f64)?;

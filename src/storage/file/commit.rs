@@ -30,8 +30,9 @@ use crate::storage::blob::BlobDir;
 use crate::storage::staged::Spilled;
 use crate::storage::{Committed, Result, StagedData, StorageError, VotedTxn};
 
-/// The append is written in pieces of about this size; payloads larger than it are not copied.
-const SPILL: usize = 4 << 20;
+/// The append is written in pieces of about this size; payloads larger than it are not copied. After each the processor is
+/// offered to whoever waits for it, so that a large transaction costs loads beside it a fraction of a millisecond.
+const SPILL: usize = 1 << 20;
 
 /// A transaction of the group with its place in the file.
 struct Placed {
@@ -297,6 +298,7 @@ impl Append<'_> {
         if !self.buf.is_empty() {
             self.file.write_at(&self.buf, self.pos - self.buf.len() as u64)?;
             self.buf.clear();
+            std::thread::yield_now();
         }
         Ok(())
     }

@@ -7,6 +7,10 @@ use crate::storage::{PackProgress, Result, StorageError};
 /// Between two reports at most so many bytes or objects are processed.
 const STEP_BYTES: u64 = 4 << 20;
 const STEP_OBJECTS: u64 = 1 << 16;
+/// After so much the processor is offered to others: some 100 us. Whoever waits for it (a load) would else wait for a whole
+/// time slice of some milliseconds.
+const YIELD_BYTES: u64 = 256 << 10;
+const YIELD_OBJECTS: u64 = 512;
 /// Longest sleep of a throttled pack between two looks at cancellation.
 const NAP: Duration = Duration::from_millis(100);
 
@@ -14,6 +18,7 @@ pub(super) struct Pace<'a> {
     report: &'a mut (dyn FnMut(&PackProgress) -> bool + Send),
     now: PackProgress,
     reported: (u64, u64),
+    yielded: (u64, u64),
     /// Bytes read and written a second.
     throttle: Option<u64>,
     started: Instant,
@@ -29,7 +34,16 @@ impl<'a> Pace<'a> {
         throttle: Option<u64>,
     ) -> Self {
         let now = PackProgress::default();
-        Self { report, now, reported: (0, 0), throttle, started: Instant::now(), bytes: 0, silent: false }
+        Self {
+            report,
+            now,
+            reported: (0, 0),
+            yielded: (0, 0),
+            throttle,
+            started: Instant::now(),
+            bytes: 0,
+            silent: false,
+        }
     }
 
     /// Begins a phase. Errors: `Cancelled`.
@@ -52,6 +66,12 @@ impl<'a> Pace<'a> {
         let (reported_bytes, reported_objects) = self.reported;
         if self.silent {
             return Ok(());
+        }
+        if self.now.bytes_done.abs_diff(self.yielded.0) >= YIELD_BYTES
+            || self.now.objects_done.abs_diff(self.yielded.1) >= YIELD_OBJECTS
+        {
+            self.yielded = (self.now.bytes_done, self.now.objects_done);
+            std::thread::yield_now();
         }
         if self.now.bytes_done - reported_bytes < STEP_BYTES
             && self.now.objects_done - reported_objects < STEP_OBJECTS

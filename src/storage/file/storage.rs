@@ -47,6 +47,9 @@ impl FileStorage {
     }
 }
 
+/// After so many operations of a vote the processor is offered to others: some 100 us.
+const YIELD: usize = 128;
+
 impl Storage for FileStorage {
     fn name(&self) -> String {
         self.name.clone()
@@ -174,7 +177,10 @@ impl Storage for FileStorage {
         let mut pending = self.begin(meta, tid, status)?;
         let mut conflicts = Vec::new();
         let mut undone = Vec::new();
-        for op in ops {
+        for (number, op) in ops.into_iter().enumerate() {
+            if number % YIELD == YIELD - 1 {
+                std::thread::yield_now();
+            }
             let applied = self.apply(&mut pending, op, resolver)?;
             undone.extend(applied.undone);
             conflicts.extend(applied.conflict);

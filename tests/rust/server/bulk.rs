@@ -1,4 +1,4 @@
-//! Transactions that are larger than the memory they may take.
+//! Transactions that are larger than the memory they may take; blobs beside other work.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -8,10 +8,11 @@ use zeo_rs::ids::{Oid, Tid};
 use zeo_rs::pickle::Value;
 use zeo_rs::server::{ServerConfig, ServerHandle};
 use zeo_rs::storage::file::{FileStorage, FileStorageOptions};
+use zeo_rs::storage::memory::MemoryStorage;
 use zeo_rs::storage::{Conflict, ConflictResolver, Resolution, Storage};
-use zeo_rs::wire::{Call, Encoding};
+use zeo_rs::wire::{Call, Encoding, Notice};
 
-use crate::peer::{PATIENCE, Peer, serve};
+use crate::peer::{Gated, PATIENCE, Peer, serve};
 
 /// Records of a kilobyte and a bit; at most ten of them are kept in memory.
 const RECORDS: u64 = 100;
@@ -194,4 +195,135 @@ fn a_client_that_resolves_votes_again_with_what_is_on_disk() {
     peer.finish(1).unwrap();
     assert_eq!(peer.load(1, Tid::MAX).unwrap().unwrap().0, "merged");
     assert_eq!(peer.load(RECORDS, Tid::MAX).unwrap().unwrap().0, record(RECORDS, 2));
+}
+
+fn chunk(peer: &mut Peer, content: Vec<u8>) {
+    peer.cast(Call::StoreBlobChunk { chunk: content.into() });
+}
+
+fn end(peer: &mut Peer, oid: u64, serial: Tid) {
+    peer.cast(Call::StoreBlobEnd { oid: Oid(oid), serial, data: "record".into(), txn: Value::Int(1) });
+}
+
+fn blob(peer: &mut Peer, oid: u64, serial: Tid) -> Vec<u8> {
+    peer.notices.clear();
+    peer.call(Call::SendBlob { oid: Oid(oid), serial }).unwrap();
+    let chunk_of = |notice| match notice {
+        Notice::ReceiveBlobChunk { oid: of, chunk, .. } if of == Oid(oid) => Some(chunk),
+        _ => None,
+    };
+    peer.notices.drain(..).filter_map(chunk_of).flatten().collect()
+}
+
+#[test]
+fn uploads_of_several_clients_are_kept_apart() {
+    let directory = tempfile::tempdir().unwrap();
+    let storage = Arc::new(MemoryStorage::with_blobs("blobs", directory.path()));
+    let server = serve(ServerConfig::default(), storage);
+    let mut peers: Vec<_> = (0..3).map(|_| Peer::new(&server, Encoding::Msgpack)).collect();
+    for peer in &mut peers {
+        peer.begin(1);
+        peer.cast(Call::StoreBlobStart);
+    }
+    // Of sizes below and above what is written at a time, in turns.
+    let sizes = [1, 300_000, 5_000_000, 59_000, 1 << 20, 100];
+    for size in sizes {
+        for (number, peer) in peers.iter_mut().enumerate() {
+            chunk(peer, vec![number as u8; size]);
+        }
+    }
+    for (number, peer) in peers.iter_mut().enumerate() {
+        end(peer, number as u64 + 1, Tid::ZERO);
+        peer.vote(1).unwrap();
+        let tid = peer.finish(1).unwrap();
+        let content = blob(peer, number as u64 + 1, tid);
+        assert_eq!(content.len(), sizes.iter().sum::<usize>());
+        assert!(content.iter().all(|byte| *byte == number as u8));
+    }
+}
+
+/// With one thread for all connections, nobody waits for the disk of an upload; its own client does, once enough of it
+/// has been received.
+#[test]
+fn an_upload_is_written_off_the_event_loop() {
+    let directory = tempfile::tempdir().unwrap();
+    let storage = Gated::over(MemoryStorage::with_blobs("blobs", directory.path()), true);
+    let config = ServerConfig { workers: Some(1), ..ServerConfig::default() };
+    let server = serve(config, Arc::clone(&storage) as _);
+    let mut other = Peer::new(&server, Encoding::Msgpack);
+    let mut peer = Peer::new(&server, Encoding::Msgpack);
+    let first = other.commit(1, Tid::ZERO, b"first").unwrap();
+    storage.uploads.shut();
+    peer.begin(1);
+    peer.cast(Call::StoreBlobStart);
+    chunk(&mut peer, vec![1; 2 << 20]);
+    storage.uploads.wait_for(1);
+    other.commit(1, first, b"second").unwrap();
+    assert_eq!(other.load(1, Tid::MAX).unwrap().unwrap().0, "second");
+    // The same client, while little is waiting.
+    peer.ping();
+    let status = other.call(Call::ServerStatus).unwrap();
+    assert_eq!(status.get("blob_uploads").unwrap().as_int(), Some(1));
+    assert_eq!(status.get("blob_bytes_received").unwrap().as_int(), Some(2 << 20));
+    chunk(&mut peer, vec![1; 4 << 20]);
+    let ping = peer.send(&Call::Ping, false);
+    other.ping();
+    storage.uploads.open();
+    peer.answer(&ping).unwrap();
+    end(&mut peer, 2, Tid::ZERO);
+    peer.vote(1).unwrap();
+    let tid = peer.finish(1).unwrap();
+    assert_eq!(blob(&mut peer, 2, tid).len(), 6 << 20);
+    let status = other.call(Call::ServerStatus).unwrap();
+    assert_eq!(status.get("blob_uploads").unwrap().as_int(), Some(0));
+    assert_eq!(status.get("blob_downloads").unwrap().as_int(), Some(0));
+    assert_eq!(status.get("blob_bytes_sent").unwrap().as_int(), Some(6 << 20));
+}
+
+/// While the first one is still being written.
+#[test]
+fn an_aborted_upload_does_not_get_into_the_next() {
+    let directory = tempfile::tempdir().unwrap();
+    let storage = Gated::over(MemoryStorage::with_blobs("blobs", directory.path()), true);
+    let server = serve(ServerConfig::default(), Arc::clone(&storage) as _);
+    let mut peer = Peer::new(&server, Encoding::Msgpack);
+    storage.uploads.shut();
+    peer.begin(1);
+    peer.cast(Call::StoreBlobStart);
+    chunk(&mut peer, vec![1; 2 << 20]);
+    storage.uploads.wait_for(1);
+    peer.abort(1);
+    peer.begin(1);
+    peer.cast(Call::StoreBlobStart);
+    chunk(&mut peer, vec![2; 2 << 20]);
+    end(&mut peer, 1, Tid::ZERO);
+    storage.uploads.wait_for(2);
+    storage.uploads.open();
+    peer.vote(1).unwrap();
+    let tid = peer.finish(1).unwrap();
+    assert!(blob(&mut peer, 1, tid) == vec![2; 2 << 20]);
+    let start = std::time::Instant::now();
+    while std::fs::read_dir(directory.path()).unwrap().count() != 1 {
+        assert!(start.elapsed() < PATIENCE, "the aborted file stays");
+    }
+}
+
+#[test]
+fn a_blob_that_cannot_be_written_fails_in_the_vote() {
+    let directory = tempfile::tempdir().unwrap();
+    let place = directory.path().join("blobs");
+    std::fs::create_dir(&place).unwrap();
+    let storage = Arc::new(MemoryStorage::with_blobs("blobs", &place));
+    let server = serve(ServerConfig::default(), storage);
+    let mut peer = Peer::new(&server, Encoding::Msgpack);
+    std::fs::remove_dir(&place).unwrap();
+    peer.begin(1);
+    peer.cast(Call::StoreBlobStart);
+    for _ in 0..6 {
+        chunk(&mut peer, vec![1; 1 << 20]);
+    }
+    end(&mut peer, 1, Tid::ZERO);
+    let fault = peer.vote(1).unwrap_err();
+    assert_eq!(fault.class, "ZODB.POSException.StorageError");
+    peer.commit(1, Tid::ZERO, b"no blob").unwrap();
 }

@@ -363,6 +363,8 @@ pub(crate) struct Gated {
     /// Passed when a transaction is in the storage and not yet published.
     pub(crate) publishes: Gate,
     pub(crate) histories: Gate,
+    /// Passed before the file of an upload is made.
+    pub(crate) uploads: Gate,
     pub(crate) fails: Mutex<Option<StorageError>>,
     pub(crate) quick_loads: bool,
     pub(crate) below: Mutex<Option<Arc<dyn InvalidationSink>>>,
@@ -370,13 +372,18 @@ pub(crate) struct Gated {
 
 impl Gated {
     pub(crate) fn new(quick_loads: bool) -> Arc<Self> {
+        Self::over(MemoryStorage::new("gated"), quick_loads)
+    }
+
+    pub(crate) fn over(inner: MemoryStorage, quick_loads: bool) -> Arc<Self> {
         Arc::new(Self {
-            inner: MemoryStorage::new("gated"),
+            inner,
             loads: Gate::default(),
             votes: Gate::default(),
             finishes: Gate::default(),
             publishes: Gate::default(),
             histories: Gate::default(),
+            uploads: Gate::default(),
             fails: Mutex::default(),
             quick_loads,
             below: Mutex::default(),
@@ -466,6 +473,7 @@ impl Storage for Gated {
         self.inner.blob_path(oid, serial)
     }
     fn temporary_directory(&self) -> Result<PathBuf> {
+        self.uploads.pass();
         self.inner.temporary_directory()
     }
     fn blob_oid_directory(&self, oid: Oid) -> Result<PathBuf> {
