@@ -97,6 +97,7 @@ class BlobCache(Blobs):
         super().__init__()
         ZODB.blob.LAYOUTS.setdefault(LAYOUT, CacheLayout())
         self.fshelper = ZODB.blob.FilesystemHelper(directory, layout_name=LAYOUT)
+        _make(directory)
         self.fshelper.create()
         self.directory = directory
         self._name = name
@@ -193,6 +194,25 @@ class BlobCache(Blobs):
                 check_size(self.directory, self._target)
             except Exception:
                 logger.exception("the blob cache %s could not be checked", self.directory)
+
+
+def _make(directory):
+    """What ``FilesystemHelper.create`` would make, but fit for several processes that start at one moment: none of them
+    finds a directory half made, or a marker without its text."""
+    temporary = os.path.join(directory, "tmp")
+    os.makedirs(temporary, exist_ok=True)
+    marker = os.path.join(directory, ZODB.blob.LAYOUT_MARKER)
+    if os.path.exists(marker):
+        return
+    new = os.path.join(temporary, f"layout.{os.getpid()}.{threading.get_ident()}")
+    with open(new, "w") as file:
+        file.write(LAYOUT)
+    try:
+        os.link(new, marker)
+    except OSError:
+        pass  # another process was first; or no hard links here, then ZODB writes it
+    finally:
+        os.remove(new)
 
 
 def check_size(directory, target):

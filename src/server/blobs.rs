@@ -6,10 +6,11 @@
 //! left to wait for. Down: a worker thread reads ahead by one buffer; nothing else is written to the connection until the
 //! file is through, as clients rely on the sequence being contiguous.
 //!
-//! Cost of an upload beside the socket's: one copy (into the page cache), a thread switch for about a megabyte.
+//! Cost of an upload beside the socket's: two copies (into a buffer that is used again and again, and into the page cache), a
+//! thread switch for about a megabyte.
 
 use std::fs::File;
-use std::io::{self, IoSlice, Read, Write};
+use std::io::{self, Read, Write};
 use std::num::NonZeroU64;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -21,7 +22,7 @@ use tokio::task::JoinHandle;
 
 use super::fault;
 use super::hub::Hub;
-use super::session::{Outcome, ReplyTo, Served, Session, own};
+use super::session::{Outcome, ReplyTo, Served, Session};
 use super::transaction::TemporaryFile;
 use crate::ids::{Oid, Tid};
 use crate::pickle::Value;
@@ -43,8 +44,9 @@ const WRITE_BACK: u64 = 8 << 20;
 pub(crate) struct Upload {
     /// Tells it from others of its session, when news of a write comes.
     number: u64,
-    chunks: Vec<Bytes>,
-    bytes: usize,
+    buffer: Vec<u8>,
+    /// The buffer that was written last: memory that is in the processor's cache is worth a copy.
+    spare: Vec<u8>,
     writer: Writer,
     /// Everything has been received.
     end: Option<End>,
@@ -92,7 +94,7 @@ struct UploadFile {
 impl Upload {
     /// Whether later requests of the client have to wait.
     pub(crate) fn is_full(&self) -> bool {
-        self.bytes >= WAITING || self.end.is_some()
+        self.buffer.len() >= WAITING || self.end.is_some()
     }
 }
 
@@ -105,32 +107,17 @@ impl UploadFile {
         Ok(Self { file, temporary, len: 0, written_back: 0 })
     }
 
-    fn write(&mut self, chunks: &[Bytes]) -> Result<(), StorageError> {
-        self.append(chunks).map_err(|error| {
+    fn write(&mut self, data: &[u8]) -> Result<(), StorageError> {
+        self.append(data).map_err(|error| {
             StorageError::io(format!("cannot write a blob to {}", self.temporary.0.display()), error)
         })
     }
 
-    fn append(&mut self, chunks: &[Bytes]) -> io::Result<()> {
-        // Few enough for one call.
-        for chunks in chunks.chunks(256) {
-            let mut slices: Vec<_> = chunks.iter().map(|chunk| IoSlice::new(chunk)).collect();
-            let mut slices = &mut slices[..];
-            IoSlice::advance_slices(&mut slices, 0);
-            while !slices.is_empty() {
-                match self.file.write_vectored(slices) {
-                    Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
-                    Ok(written) => {
-                        self.len += written as u64;
-                        // A load that waits for the processor goes first.
-                        std::thread::yield_now();
-                        IoSlice::advance_slices(&mut slices, written);
-                    }
-                    Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                    Err(error) => return Err(error),
-                }
-            }
-        }
+    fn append(&mut self, data: &[u8]) -> io::Result<()> {
+        self.file.write_all(data)?;
+        self.len += data.len() as u64;
+        // A load that waits for the processor goes first.
+        std::thread::yield_now();
         let new = self.len - self.written_back;
         if new >= WRITE_BACK {
             // Of pages that are not on the disk yet this only begins the writing; they stay in the page cache. No
@@ -184,8 +171,8 @@ impl Session {
         self.uploads += 1;
         self.upload = Some(Upload {
             number: self.uploads,
-            chunks: Vec::new(),
-            bytes: 0,
+            buffer: Vec::new(),
+            spare: Vec::new(),
             writer: Writer::Idle(None),
             end: None,
             _counted: Counted::new(&hub.stats.uploads),
@@ -193,15 +180,14 @@ impl Session {
         Ok(Outcome::Reply(Value::None))
     }
 
-    pub(crate) fn store_blob_chunk(&mut self, hub: &Hub, chunk: Bytes) -> Served {
+    pub(crate) fn store_blob_chunk(&mut self, hub: &Hub, chunk: &[u8]) -> Served {
         let Some(upload) = &mut self.upload else {
             return Err(Fault::new("builtins.AssertionError", "a blob chunk without storeBlobStart"));
         };
         hub.stats.blob_bytes_received.fetch_add(chunk.len() as u64, Ordering::Relaxed);
         if !matches!(upload.writer, Writer::Failed(_)) {
-            upload.bytes += chunk.len();
-            upload.chunks.push(own(chunk));
-            if upload.bytes >= WRITE {
+            upload.buffer.extend_from_slice(chunk);
+            if upload.buffer.len() >= WRITE {
                 self.write_upload(hub);
             }
         }
@@ -232,38 +218,40 @@ impl Session {
         let file = match &mut upload.writer {
             Writer::Busy => return,
             Writer::Failed(_) => return self.end_upload(),
-            Writer::Idle(Some(_)) if upload.chunks.is_empty() => return self.end_upload(),
+            Writer::Idle(Some(_)) if upload.buffer.is_empty() => return self.end_upload(),
             Writer::Idle(file) => file.take(),
         };
         upload.writer = Writer::Busy;
-        upload.bytes = 0;
-        let chunks = std::mem::take(&mut upload.chunks);
+        let mut buffer = std::mem::replace(&mut upload.buffer, std::mem::take(&mut upload.spare));
         let storage = Arc::clone(&hub.storage);
         let work = move || {
             let mut file = match file {
                 Some(file) => file,
                 None => UploadFile::create(&*storage)?,
             };
-            file.write(&chunks)?;
-            Ok(file)
+            file.write(&buffer)?;
+            buffer.clear();
+            Ok((file, buffer))
         };
         self.background(work, move |session, written| session.upload_written(number, written));
     }
 
-    fn upload_written(&mut self, number: u64, written: Result<UploadFile, StorageError>) {
+    fn upload_written(&mut self, number: u64, written: Result<(UploadFile, Vec<u8>), StorageError>) {
         let Some(upload) = self.upload.as_mut().filter(|upload| upload.number == number) else {
             // Aborted meanwhile.
             return self.discard(written);
         };
         upload.writer = match written {
-            Ok(file) => Writer::Idle(Some(file)),
+            Ok((file, buffer)) => {
+                upload.spare = buffer;
+                Writer::Idle(Some(file))
+            }
             Err(error) => {
-                upload.chunks = Vec::new();
-                upload.bytes = 0;
+                upload.buffer = Vec::new();
                 Writer::Failed(error)
             }
         };
-        if (upload.bytes >= WRITE || upload.end.is_some())
+        if (upload.buffer.len() >= WRITE || upload.end.is_some())
             && let Some(hub) = self.registration.as_ref().map(|registration| Arc::clone(&registration.hub))
         {
             self.write_upload(&hub);

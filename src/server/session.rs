@@ -285,7 +285,7 @@ impl Session {
             }
             Call::Undoa { trans_id, txn } => self.undoa(hub, &trans_id, &txn),
             Call::StoreBlobStart => self.store_blob_start(hub),
-            Call::StoreBlobChunk { chunk } => self.store_blob_chunk(hub, chunk),
+            Call::StoreBlobChunk { chunk } => self.store_blob_chunk(hub, &chunk),
             Call::StoreBlobEnd { oid, serial, data, txn } => {
                 self.store_blob_end(hub, to, oid, serial, data, txn)
             }

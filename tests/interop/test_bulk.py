@@ -148,6 +148,7 @@ def test_progress_is_seen_while_a_blob_is_on_its_way(tmp_path):
         write(tmp_path / "upload", size)
         storage = zeo_rs.ClientStorage(proxy.address, wait_timeout=30, blob_dir=str(tmp_path / "up"))
         try:
+            storage.new_oid()  # a stock of them, so that nothing has to be asked
             proxy.may_pass.clear()
             thread = threading.Thread(target=commit_blob, args=(storage, tmp_path / "upload"))
             thread.start()
