@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use zeo_rs::ids::{Oid, Tid};
 use zeo_rs::storage::file::{FileStorage, FileStorageOptions};
-use zeo_rs::storage::{NoResolution, Op, Result, StagedTxn, Storage, StorageError, VoteOutcome};
+use zeo_rs::storage::{Loaded, NoResolution, Op, Result, StagedTxn, Storage, StorageError, VoteOutcome};
 
 const RECORD: [u8; 250] = [b'd'; 250];
 const PER_TXN: u64 = 10_000;
@@ -84,9 +84,17 @@ fn load_some(storage: &FileStorage, objects: u64, seed: u64) -> Result<()> {
     let mut number = seed + 1;
     for _ in 0..LOADS {
         number = number.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        black_box(storage.try_load_before(Oid((number >> 33) % objects), Tid::MAX)?);
+        black_box(one(storage, Oid((number >> 33) % objects))?);
     }
     Ok(())
+}
+
+/// As the server and Python do it: another call where the page cache has not everything.
+fn one(storage: &FileStorage, oid: Oid) -> Result<Option<Loaded>> {
+    match storage.try_load_before(oid, Tid::MAX) {
+        Err(StorageError::WouldBlock) => storage.load_before(oid, Tid::MAX),
+        answer => answer,
+    }
 }
 
 /// Four threads load for a second while one more commits an object of its own without pause.
@@ -100,7 +108,7 @@ fn beside_commits(storage: &FileStorage, objects: u64) -> Result<()> {
             while !done.load(Ordering::Relaxed) {
                 number = number.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
                 let begin = Instant::now();
-                black_box(storage.try_load_before(Oid((number >> 33) % objects), Tid::MAX)?);
+                black_box(one(storage, Oid((number >> 33) % objects))?);
                 slowest.fetch_max(begin.elapsed().as_nanos() as u64, Ordering::Relaxed);
                 loads += 1;
             }
