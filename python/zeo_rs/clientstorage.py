@@ -229,9 +229,15 @@ class ClientStorage(ConflictResolvingStorage, _zeo.ClientStorageBase):
     # ---- told by the client's background thread
 
     def _invalidate(self, tid, oids):
-        self.invalidateTransaction(tid, oids)
-        for watcher in self._watchers:
-            watcher(tid, oids)
+        try:
+            self.invalidateTransaction(tid, oids)
+        except Exception:
+            # it does not know what has changed: it has to forget everything, or it would go on with what is old
+            self.invalidateCache()
+            raise  # into the log
+        finally:
+            for watcher in self._watchers:
+                watcher(tid, oids)
 
     def _invalidate_cache(self):
         self.invalidateCache()

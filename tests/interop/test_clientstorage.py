@@ -472,6 +472,20 @@ class Recorder:
         self.told.append("cache")
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_database_that_cannot_be_told_of_changes_forgets_everything(server, storage):
+    class Unable(Recorder):
+        def invalidate(self, tid, oids, version=""):
+            raise ZeroDivisionError
+
+    db = Unable()
+    storage.registerDB(db)
+    with opened(server.address) as other:
+        tid = commit(other, (other.new_oid(), z64, b"x"))
+    until(lambda: storage.lastTransaction() == tid, "the commit")
+    assert db.told == ["cache"]
+
+
 def test_the_cache_file_is_warm(server, tmp_path):
     with opened(server.address) as writer:
         oids = [writer.new_oid() for _ in range(50)]
