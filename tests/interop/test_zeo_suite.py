@@ -98,11 +98,18 @@ def reason(server, client, msgpack, key):
 LEFT_OUT = "client_asyncore_thread_has_name|runzeo_logrotate_on_sigusr2"
 
 
+#: ZODB's HexStorage around a client gives the database's `invalidate` an argument too many, which fails: no ZODB database
+#: hears of commits through it. Our client can then only tell it to forget everything, which these races outrun.
+NOT_WITH_OUR_CLIENT = r"ClientHexTests\.test_race"
+
+
 #: Wants a file without write permission not to be written, which does not stop root.
 NOT_AS_ROOT = "blob_transaction_txt"
 
 
 def selected(server, client, key):
+    if client == "rust" and re.search(NOT_WITH_OUR_CLIENT, key):
+        return False
     if re.search(LEFT_OUT, key) or (NOT_AS_ROOT in key and os.geteuid() == 0):
         return False
     if WHOLE:
