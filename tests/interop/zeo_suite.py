@@ -23,6 +23,7 @@ from unittest import mock
 import ZEO._forker
 import ZEO.ClientStorage
 import ZEO.Exceptions
+import ZEO.tests.forker
 import zeo_rs.exceptions
 from zeo_rs.config import load_server_text
 from zeo_rs.serving import start
@@ -33,6 +34,7 @@ MODULES = ("ZEO.tests.testZEO", "ZEO.tests.testConnection", "ZEO.tests.test_sync
 LEFT_OUT_BY_ZEO = {"ZEO.tests.testZEO": ("DemoStorageTests", "FileStorageHexTests", "FileStorageClientHexTests")}
 
 KINDS = ("zeo", "rust")
+PATIENCE = 60  # seconds that what a test waits for may take
 
 multiprocessing.set_forkserver_preload(["ZEO.runzeo", "ZEO.StorageServer", "zeo_rs.serving", "zeo_rs._served", "ZEO._forker"])
 
@@ -86,6 +88,8 @@ def patched(server, client, msgpack):
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.dict(os.environ, {"ZEO_PROCESS_TYPE": "forkserver"}))
         stack.enter_context(mock.patch.object(ZEO._forker, "runner", functools.partial(serve, server, msgpack)))
+        # three seconds otherwise, which a reconnect of ZEO's client may take on a busy machine
+        stack.enter_context(mock.patch.object(ZEO.tests.forker.wait_until, "__defaults__", (None, None, PATIENCE, None)))
         if client == "rust":
             patch_client(stack)
         yield

@@ -326,6 +326,26 @@ fn a_transaction_that_holds_its_locks_too_long_is_aborted() {
 }
 
 #[test]
+fn a_client_that_never_pauses_does_not_outlive_its_transaction() {
+    let config =
+        ServerConfig { transaction_timeout: Some(Duration::from_millis(200)), ..ServerConfig::default() };
+    let server = serve(config, memory());
+    let (mut noisy, mut next) = two(&server);
+    noisy.begin(1);
+    noisy.store(1, 1, Tid::ZERO, b"x");
+    noisy.vote(1).unwrap();
+    let flood = noisy.casts(&Call::Ping, 20_000);
+    let start = Instant::now();
+    // ends with an error once the server has closed the connection
+    let noise = std::thread::spawn(move || while start.elapsed() < PATIENCE && noisy.write(&flood) {});
+    next.begin(1);
+    next.store(1, 1, Tid::ZERO, b"y");
+    next.vote(1).unwrap();
+    assert!(start.elapsed() < PATIENCE);
+    noise.join().unwrap();
+}
+
+#[test]
 fn a_storage_that_fails_in_finish_says_so_and_goes_on_answering() {
     let storage = Gated::new(true);
     let server = serve(ServerConfig::default(), Arc::clone(&storage) as Arc<dyn Storage>);

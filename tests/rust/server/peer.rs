@@ -164,6 +164,18 @@ impl Peer {
         id
     }
 
+    /// The bytes of so many calls without an answer.
+    pub(crate) fn casts(&self, call: &Call, count: usize) -> Vec<u8> {
+        let mut out = BytesMut::new();
+        wire::encode_call(self.encoding, &MessageId::Seq(0), true, call, &mut out).unwrap();
+        out.repeat(count)
+    }
+
+    /// False if the server has closed the connection.
+    pub(crate) fn write(&mut self, bytes: &[u8]) -> bool {
+        self.stream.write_all(bytes).is_ok()
+    }
+
     /// A call without an answer.
     pub(crate) fn cast(&mut self, call: Call) {
         self.send(&call, true);
