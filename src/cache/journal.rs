@@ -43,8 +43,8 @@ const MAX_QUEUED: usize = 32 << 20;
 const BATCH: usize = 256 << 10;
 /// A file is not worth rewriting below this.
 const MIN_REWRITE: u64 = 1 << 20;
-/// How long closing waits for the last writes.
-const CLOSE: Duration = Duration::from_secs(1);
+/// How long closing waits for the last writes: with the wait for the background thread not more than a second.
+const CLOSE: Duration = Duration::from_millis(600);
 
 pub(super) enum Event {
     Revision { oid: Oid, tid: Tid, end: Option<Tid>, data: Bytes },

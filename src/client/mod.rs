@@ -53,8 +53,8 @@ pub use error::{CallbackError, ClientError, Result};
 pub use options::{Access, Options, Timers};
 pub use transaction::FinishCallback;
 
-/// How long `close` waits for the background thread.
-const CLOSE: Duration = Duration::from_secs(1);
+/// How long `close` waits for the background thread; the cache's file may take the rest of a second.
+const CLOSE: Duration = Duration::from_millis(400);
 /// How often a waiting caller looks whether it is to give up.
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
 /// Reads are repeated so often when the connection breaks under them.
