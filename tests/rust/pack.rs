@@ -716,10 +716,17 @@ proptest! {
         }
         prop_assert_eq!(f.storage.last_tid(), Fixture::of_file(&f.path("")).storage.last_tid());
         // The second time may drop what the first made: a copy of a deletion is a deletion now.
-        f.pack(after(at), gc).unwrap();
-        let twice = f.bytes();
-        f.pack(after(at), gc).unwrap();
-        prop_assert!(f.bytes() == twice);
+        let once = f.bytes();
+        match f.pack(after(at), gc) {
+            // Something may refer to what is a deletion now.
+            Err(StorageError::Dangling { .. }) if gc => prop_assert!(f.bytes() == once),
+            result => {
+                result.unwrap();
+                let twice = f.bytes();
+                f.pack(after(at), gc).unwrap();
+                prop_assert!(f.bytes() == twice);
+            }
+        }
         for with_index in [true, false] {
             let f = Fixture::of_file(&f.path("")).reopened(with_index);
             prop_assert_eq!(states(&f, at, last), after_pack.clone());
