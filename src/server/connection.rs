@@ -209,6 +209,14 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Connection<S> {
                 turn = 0;
                 std::thread::yield_now();
                 tokio::task::yield_now().await;
+                // A peer that never pauses does not let this task come to its timers.
+                self.session.look_at_deadline();
+                if stop_at.is_some_and(|at| Instant::now() >= at) {
+                    return End::Stop;
+                }
+                if self.session.closing().is_some() {
+                    continue;
+                }
             }
             alarm.set(self.session.deadline());
             let may_serve = self.session.may_serve();
