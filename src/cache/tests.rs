@@ -1,4 +1,6 @@
 //! The cache against a model of the database, and its eviction against ZEO's.
+//!
+//! One file of more than 500 lines, because its tests share the model.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -491,9 +493,9 @@ mod file {
         assert!(again.load_before(Oid(3999 % 300), Tid(4000)).is_some());
     }
 
-    /// Not a check but a figure: `cargo test --release --lib a_gigabyte -- --ignored --nocapture`.
+    /// `cargo test --release --lib a_gigabyte -- --ignored --nocapture`.
     #[test]
-    #[ignore]
+    #[ignore = "not a check but a figure"]
     fn opening_a_gigabyte() {
         let directory = tempfile::tempdir_in("target").unwrap();
         let path = directory.path().join("cache");

@@ -1,6 +1,6 @@
 //! One registered connection: who waits for what, who writes, who reads.
 //!
-//! One file, because who may read, who waits and how it ends are one state, under one mutex.
+//! One file of more than 500 lines, because who may read, who waits and how it ends are one state, under one mutex.
 //!
 //! # Who reads
 //! Messages must be applied one by one in wire order (C1), so there is one reader at a time. A caller that waits for an
@@ -12,8 +12,6 @@
 //! Invalidations end in a call of Python code, which must not run on a caller's thread (it may hold
 //! locks that the callback wants). A leader that meets one leaves it where it is and stops; nothing behind it is
 //! touched until the background thread has applied it.
-//!
-//! Waiting, reading and failing are in one file (of more than 500 lines) because they are right only together.
 //!
 //! # Locks
 //! `shared` (who waits, who reads; held for a few instructions), `out` (what is to be sent; not held while one thread

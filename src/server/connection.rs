@@ -205,18 +205,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Connection<S> {
             if stop_at.is_some() && !self.session.is_committing() && self.session.out.is_empty() {
                 return End::Stop;
             }
-            if turn >= TURN {
+            let rested = turn >= TURN;
+            if rested {
                 turn = 0;
                 std::thread::yield_now();
                 tokio::task::yield_now().await;
-                // A peer that never pauses does not let this task come to its timers.
-                self.session.look_at_deadline();
-                if stop_at.is_some_and(|at| Instant::now() >= at) {
-                    return End::Stop;
-                }
-                if self.session.closing().is_some() {
-                    continue;
-                }
             }
             alarm.set(self.session.deadline());
             let may_serve = self.session.may_serve();
@@ -224,9 +217,13 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Connection<S> {
                 self.received.reserve(self.frames.room_wanted(&self.received).max(READ));
             }
             let Self { session, socket, received, .. } = self;
-            // First without the rest of what is waited for: to ask it costs more than most requests.
-            let at_once =
-                now(transfer(socket, &mut session.out, received, &mut session.stream, may_serve)).await;
+            // First without the rest of what is waited for: to ask it costs more than most requests. Once a turn the rest
+            // is asked all the same, or a peer that never pauses would outrun its deadline and a stop.
+            let at_once = if rested {
+                None
+            } else {
+                now(transfer(socket, &mut session.out, received, &mut session.stream, may_serve)).await
+            };
             let done = match at_once {
                 Some(done) => done,
                 None => tokio::select! {

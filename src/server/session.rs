@@ -12,6 +12,8 @@
 //! What may wait for the disk or for Python runs on a worker thread, and its reply comes back through the mailbox, so it
 //! is behind everything published before it was ready. `hold` counts the work that later requests of this client must
 //! not overtake.
+//!
+//! One file of more than 500 lines: view, `out` and `hold` are one state. Commits are in `transaction.rs`, slow reads in `reads.rs`.
 
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};

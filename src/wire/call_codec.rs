@@ -1,4 +1,6 @@
 //! Calls ↔ their wire names and argument lists. Semantics and names: `docs/protocol.md`.
+//!
+//! One file of more than 500 lines: a call's two directions stand side by side, and nothing but calls is here.
 
 use bytes::Bytes;
 

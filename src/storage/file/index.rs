@@ -10,6 +10,8 @@
 //!
 //! Sequential oids therefore need about 4 bytes each (8 in a large file), random ones about 16. When a full leaf holds half a chunk's
 //! oids, they move into a chunk; nothing moves back.
+//!
+//! More than 500 lines with its tests: what moves an object from one place to the other has to know both.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
