@@ -121,7 +121,7 @@ def scattered(directory, objects):
 
 
 def copy(source, directory, index=True):
-    """A private copy of a database; returns its path."""
+    """A private copy of a database, on the disk before anything is measured beside it; returns its path."""
     os.makedirs(directory, exist_ok=True)
     target = os.path.join(directory, "Data.fs")
     shutil.copyfile(source, target)
@@ -129,6 +129,8 @@ def copy(source, directory, index=True):
         shutil.copyfile(source + ".index", target + ".index")
     elif os.path.exists(target + ".index"):
         os.unlink(target + ".index")
+    with open(target, "rb") as f:
+        os.fsync(f.fileno())
     return target
 
 

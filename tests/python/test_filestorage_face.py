@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 import ZODB.FileStorage
@@ -461,3 +462,31 @@ def test_cleanup(tmp_path):
     assert len(os.listdir(tmp_path)) > 1
     storage.cleanup()
     assert os.listdir(tmp_path) == []
+
+
+def test_a_commit_does_not_queue_for_the_gil_behind_loads(storage):
+    """Loads keep the GIL; without their courtesy each commit would wait for Python's switch interval, here two seconds."""
+    oid = storage.new_oid()
+    tid = commit(storage, (oid, z64, DATA))
+    done = threading.Event()
+
+    def load():
+        while not done.is_set():
+            storage.loadBefore(oid, MAXTID)
+
+    loaders = [threading.Thread(target=load) for _ in range(4)]
+    for loader in loaders:
+        loader.start()
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(2)
+    try:
+        begin = time.monotonic()
+        for _ in range(20):
+            tid = commit(storage, (oid, tid, DATA))
+        took = time.monotonic() - begin
+    finally:
+        sys.setswitchinterval(interval)
+        done.set()
+        for loader in loaders:
+            loader.join()
+    assert took < 20

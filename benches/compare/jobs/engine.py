@@ -132,7 +132,7 @@ def commit(kind, addr, path, count, repeat=30):
     try:
         yield
         times = []
-        for _ in range(repeat if count == 1 else 3):
+        for _ in range(repeat if count == 1 else 9):
             triples = [(storage.new_oid(), z64, payload(250, i)) for i in range(count)]
             begin = perf_counter_ns()
             commit_pairs(storage, triples)

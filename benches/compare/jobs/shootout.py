@@ -3,6 +3,7 @@
 Each worker has a mapping of its own with some hundred objects, and all share one more for conflicts. The operations have
 zodbshootout's names and meaning; the code is this project's.
 """
+import contextlib
 import gc
 import random
 from time import perf_counter_ns
@@ -81,11 +82,13 @@ class Session:
         if self.db is not None:
             self.db.close()
 
+    @contextlib.contextmanager
     def connect(self):
-        """(transaction manager, connection)"""
+        """(transaction manager, connection); the connection is closed afterwards, unless something failed"""
         manager = transaction.TransactionManager(explicit=True)
         connection = self.db.open(manager)
-        return manager, connection
+        yield manager, connection
+        connection.close()
 
     def mine(self, connection, name=None):
         return connection.root()["shootout"][self.worker if name is None else name]
@@ -102,48 +105,45 @@ def _read(records):
 
 
 def add(session):
-    manager, connection = session.connect()
-    with manager:
-        mapping = session.mine(connection)
-        list(mapping)
-    new = _records(session.objects)
-
-    def work():
+    with session.connect() as (manager, connection):
         with manager:
-            mapping.update(new)
-    session.timed(work)
-    connection.close()
+            mapping = session.mine(connection)
+            list(mapping)
+        new = _records(session.objects)
+
+        def work():
+            with manager:
+                mapping.update(new)
+        session.timed(work)
 
 
 def store(session):
     """Pickles that are ready, under oids that are there: the storage's own share of a commit."""
-    _, connection = session.connect()
-    connection.transaction_manager.begin()
-    writer, storage = ObjectWriter(), connection._storage
-    oids = [storage.new_oid() for _ in range(session.objects)]
-    pickles = [writer.serialize(Record(i)) for i in range(session.objects)]
+    with session.connect() as (_, connection):
+        connection.transaction_manager.begin()
+        writer, storage = ObjectWriter(), connection._storage
+        oids = [storage.new_oid() for _ in range(session.objects)]
+        pickles = [writer.serialize(Record(i)) for i in range(session.objects)]
 
-    def work():
-        txn = TransactionMetaData()
-        storage.tpc_begin(txn)
-        for oid, pickle in zip(oids, pickles):
-            storage.store(oid, z64, pickle, "", txn)
-        storage.tpc_vote(txn)
-        storage.tpc_finish(txn)
-    session.timed(work)
-    connection.transaction_manager.abort()
-    connection.close()
+        def work():
+            txn = TransactionMetaData()
+            storage.tpc_begin(txn)
+            for oid, pickle in zip(oids, pickles):
+                storage.store(oid, z64, pickle, "", txn)
+            storage.tpc_vote(txn)
+            storage.tpc_finish(txn)
+        session.timed(work)
+        connection.transaction_manager.abort()
 
 
 def update(session, name=None, step=1):
-    manager, connection = session.connect()
+    with session.connect() as (manager, connection):
 
-    def work():
-        with manager:
-            for record in list(session.mine(connection, name).values())[session.worker % step::step]:
-                record.changes += 1
-    session.timed(work)
-    connection.close()
+        def work():
+            with manager:
+                for record in list(session.mine(connection, name).values())[session.worker % step::step]:
+                    record.changes += 1
+        session.timed(work)
 
 
 def conflicts(session):
@@ -153,16 +153,15 @@ def conflicts(session):
 
 def cold(session, prefetch=False):
     session.reopen()
-    manager, connection = session.connect()
+    with session.connect() as (manager, connection):
 
-    def work():
-        with manager:
-            records = list(session.mine(connection).values())
-            if prefetch:
-                connection.prefetch(records)
-            _read(records)
-    session.timed(work)
-    connection.close()
+        def work():
+            with manager:
+                records = list(session.mine(connection).values())
+                if prefetch:
+                    connection.prefetch(records)
+                _read(records)
+        session.timed(work)
 
 
 def cold_prefetch(session):
@@ -171,95 +170,88 @@ def cold_prefetch(session):
 
 def hot(session):
     """The storage's cache is full, the connection's empty."""
-    manager, connection = session.connect()
-    with manager:
-        _read(session.mine(connection).values())
-    connection.cacheMinimize()
-
-    def work():
+    with session.connect() as (manager, connection):
         with manager:
             _read(session.mine(connection).values())
-    session.timed(work)
-    connection.close()
+        connection.cacheMinimize()
+
+        def work():
+            with manager:
+                _read(session.mine(connection).values())
+        session.timed(work)
 
 
 def steamin(session):
     """The connection's cache is full: Python's share, the storage has none."""
-    manager, connection = session.connect()
-    with manager:
-        _read(session.mine(connection).values())
-        session.timed(lambda: _read(session.mine(connection).values()))
-    connection.close()
+    with session.connect() as (manager, connection):
+        with manager:
+            _read(session.mine(connection).values())
+            session.timed(lambda: _read(session.mine(connection).values()))
 
 
 def write_read(session):
     session.reopen()
-    manager, connection = session.connect()
+    with session.connect() as (manager, connection):
 
-    def work():
-        with manager:
-            for record in session.mine(connection).values():
-                record.changes += 1
-        with manager:
-            _read(session.mine(connection).values())
-    session.timed(work)
-    connection.close()
+        def work():
+            with manager:
+                for record in session.mine(connection).values():
+                    record.changes += 1
+            with manager:
+                _read(session.mine(connection).values())
+        session.timed(work)
 
 
 def read_current(session):
     """A transaction of one changed object that depends on all the others."""
-    manager, connection = session.connect()
-    with manager:
-        _read(session.mine(connection).values())
-
-    def work():
+    with session.connect() as (manager, connection):
         with manager:
-            records = list(session.mine(connection).values())
-            records[0].changes += 1
-            for record in records[1:]:
-                connection.readCurrent(record)
-    session.timed(work)
-    connection.close()
+            _read(session.mine(connection).values())
+
+        def work():
+            with manager:
+                records = list(session.mine(connection).values())
+                records[0].changes += 1
+                for record in records[1:]:
+                    connection.readCurrent(record)
+        session.timed(work)
 
 
 def empty(session):
     """A transaction with nothing in it."""
-    manager, connection = session.connect()
+    with session.connect() as (manager, connection):
 
-    def work():
-        manager.begin()
-        manager.commit()
-    session.timed(work)
-    connection.close()
+        def work():
+            manager.begin()
+            manager.commit()
+        session.timed(work)
 
 
 def tpc(session):
     """The calls of a commit with no object in it."""
-    _, connection = session.connect()
-    storage = connection._storage
+    with session.connect() as (_, connection):
+        storage = connection._storage
 
-    def work():
-        txn = TransactionMetaData()
-        storage.tpc_begin(txn)
-        storage.tpc_vote(txn)
-        storage.tpc_finish(txn)
-    connection.transaction_manager.begin()
-    session.timed(work)
-    connection.transaction_manager.abort()
-    connection.close()
+        def work():
+            txn = TransactionMetaData()
+            storage.tpc_begin(txn)
+            storage.tpc_vote(txn)
+            storage.tpc_finish(txn)
+        connection.transaction_manager.begin()
+        session.timed(work)
+        connection.transaction_manager.abort()
 
 
 def new_oids(session):
-    _, connection = session.connect()
-    storage = connection._storage
+    with session.connect() as (_, connection):
+        storage = connection._storage
 
-    def work():
-        for _ in range(session.objects):
-            storage.new_oid()
-    connection.transaction_manager.begin()
-    session.timed(work)
-    connection.transaction_manager.abort()
-    connection.close()
+        def work():
+            for _ in range(session.objects):
+                storage.new_oid()
+        connection.transaction_manager.begin()
+        session.timed(work)
+        connection.transaction_manager.abort()
 
 
 OPERATIONS = {f.__name__: f for f in (add, store, update, conflicts, cold, cold_prefetch, hot, steamin, write_read, read_current, empty,

@@ -10,8 +10,9 @@
 //! A load that the page cache can answer keeps the GIL: it takes less time than giving it up and getting it back. One
 //! that must wait for the disk gives it up. Answered from the page cache: one `preadv2`, one copy of the data into the
 //! `bytes` object, no lock. A vote keeps the GIL, too, when it makes no system call; a commit then gives it up once, for
-//! the append and its sync: beside threads that load without pause, each return costs Python's switch interval.
+//! the append and its sync. Threads that load without pause then let it have the GIL first ([`courtesy`]).
 
+mod courtesy;
 mod opened;
 mod publishing;
 
@@ -23,6 +24,7 @@ use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyList, PyTuple};
 
+use self::courtesy::Courtesy;
 use self::opened::{Current, Opened, Phase};
 use self::publishing::Publishing;
 use super::convert::{
@@ -91,6 +93,7 @@ impl FileStorageBase {
         let opened = Opened {
             engine: Arc::new(engine),
             publishing: Publishing::default(),
+            courtesy: Courtesy::default(),
             generated: Mutex::new(last),
             current: Mutex::new(None),
         };
@@ -476,11 +479,15 @@ impl FileStorageBase {
         };
         let callback = callback.map(|callback| callback.clone().unbind());
         let mut raised = None;
-        let finished = py.detach(|| {
+        let finished = this.courtesy.detach(py, || {
             let finished = this.engine.finish_if(voted, &mut |tid| {
                 this.publishing.begin(tid);
                 let Some(callback) = &callback else { return true };
-                let called = Python::attach(|py| callback.bind(py).call1((tid_bytes(py, tid),)).map(drop));
+                let waiting = this.courtesy.wait_for_gil();
+                let called = Python::attach(|py| {
+                    drop(waiting);
+                    callback.bind(py).call1((tid_bytes(py, tid),)).map(drop)
+                });
                 called.map_err(|error| raised = Some(error)).is_ok()
             });
             this.publishing.end();

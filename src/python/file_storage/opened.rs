@@ -8,6 +8,7 @@ use pyo3::types::PyBytes;
 
 use super::super::convert::{OrRaise, data_arg, oid_bytes, tid_bytes};
 use super::super::errors;
+use super::courtesy::Courtesy;
 use super::publishing::{Publishing, Seen};
 use super::{FileStorageBase, locked};
 use crate::ids::{Oid, Tid};
@@ -32,6 +33,7 @@ pub(super) enum Phase {
 pub(super) struct Opened {
     pub(super) engine: Arc<FileStorage>,
     pub(super) publishing: Publishing,
+    pub(super) courtesy: Courtesy,
     /// Newest tid given to a transaction, committed or not.
     pub(super) generated: Mutex<Tid>,
     pub(super) current: Mutex<Option<Current>>,
@@ -41,7 +43,7 @@ impl Opened {
     /// `make` of data, tid and end of the newest revision before `before`. A reader that may have learnt of a transaction
     /// from its callback waits until that transaction can be seen.
     ///
-    /// Cost: two atomic loads beside the engine's; `make` gets the data in the engine's read buffer.
+    /// Cost: three atomic loads beside the engine's; `make` gets the data in the engine's read buffer.
     pub(super) fn load_with<T>(
         &self,
         py: Python<'_>,
@@ -49,6 +51,7 @@ impl Opened {
         before: Tid,
         make: impl Fn(&[u8], Tid, Option<Tid>) -> PyResult<T>,
     ) -> PyResult<Option<T>> {
+        self.courtesy.give_way(py);
         let read = || match self.engine.try_load_before_with(oid, before, &make) {
             Err(StorageError::WouldBlock) => py
                 .detach(|| self.engine.load_before(oid, before))
