@@ -31,6 +31,7 @@ EXTRA = {
     "max_frame_size": "max_frame",
     "max_transaction_size": "max_staged",
     "max_iterators": "max_cursors",
+    "load_threads": "load_threads",
     "max_unread_invalidations": "max_unread",
     "handshake_timeout": "handshake_timeout",
     "peer_timeout": "peer_timeout",

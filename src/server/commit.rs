@@ -92,9 +92,14 @@ impl Committer {
         )
     }
 
-    /// Finishes `job` here and now if nobody else is about to commit; gives it back otherwise. Blocks for the sync, in a
-    /// task of a runtime with several threads: its other tasks go on in another one meanwhile.
-    pub(crate) fn finish_alone(&self, hub: &Arc<Hub>, job: FinishJob) -> Option<FinishJob> {
+    /// Finishes `job` here and now if nobody else is about to commit; gives it back otherwise. Blocks for the sync, either
+    /// a thread that is the caller's own or a task of a runtime with several threads: its other tasks go on in another one meanwhile.
+    pub(crate) fn finish_alone(
+        &self,
+        hub: &Arc<Hub>,
+        job: FinishJob,
+        owns_thread: bool,
+    ) -> Option<FinishJob> {
         // Its own is the only one: nothing is queued, nothing to be waited for.
         if self.held.load(Ordering::Relaxed) != 1 || hub.capabilities.slow_calls {
             return Some(job);
@@ -103,7 +108,12 @@ impl Committer {
         if !patience.is_quick() {
             return Some(job);
         }
-        block_in_place(|| patience.measure(|| finish(hub, vec![job])));
+        let finish = || patience.measure(|| finish(hub, vec![job]));
+        if owns_thread {
+            finish()
+        } else {
+            block_in_place(finish)
+        }
         None
     }
 

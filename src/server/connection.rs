@@ -4,25 +4,27 @@
 //! wait for one of: bytes, room to write, mailbox, deadline, blob buffer, shutdown
 //!   └► write what was posted ─► serve each complete request ─► write what that posted ─► send
 //! ```
+//! A connection that does nothing but load, and that a lot, runs in a thread of its own meanwhile ([`super::seat`]).
+//!
 //! Cost of a cached `loadBefore` that comes alone: one `read` (which also clears the readiness, as it is not filled), the
 //! engine's `pread`, one `write`; requests that come together share the `read` and the `write`.
 
 use std::future::{Future, poll_fn};
-use std::io;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
-use std::task::{Context, Poll};
+use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use bytes::{Buf, BytesMut};
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
-use tokio::net::{TcpStream, UnixStream};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::sync::watch;
-use tokio::time::{Sleep, sleep_until, timeout};
+use tokio::time::{Sleep, sleep, sleep_until, timeout};
 
 use super::Shared;
 use super::blobs::BlobStream;
+use super::seat::{LOOK, Lost, Pace, go_to};
 use super::session::{HIGH_WATER, Session};
+use super::socket::OverSocket;
 use super::status;
 use crate::net::tls::looks_like_tls;
 use crate::wire::{ClientHello, Encoding, FrameReader, decode_request, put_frame};
@@ -34,41 +36,6 @@ const TURN: usize = 256 << 10;
 /// An output buffer larger than this is given back once it is sent.
 const KEEP: usize = 256 << 10;
 
-/// Either kind of socket.
-pub(crate) enum Socket {
-    Tcp(TcpStream),
-    Unix(UnixStream),
-}
-
-impl AsyncRead for Socket {
-    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        match self.get_mut() {
-            Self::Tcp(stream) => Pin::new(stream).poll_read(cx, buf),
-            Self::Unix(stream) => Pin::new(stream).poll_read(cx, buf),
-        }
-    }
-}
-
-impl AsyncWrite for Socket {
-    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        match self.get_mut() {
-            Self::Tcp(stream) => Pin::new(stream).poll_write(cx, buf),
-            Self::Unix(stream) => Pin::new(stream).poll_write(cx, buf),
-        }
-    }
-
-    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Poll::Ready(Ok(()))
-    }
-
-    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match self.get_mut() {
-            Self::Tcp(stream) => Pin::new(stream).poll_shutdown(cx),
-            Self::Unix(stream) => Pin::new(stream).poll_shutdown(cx),
-        }
-    }
-}
-
 /// Serves one connection until it ends. Every end is logged once, with its reason.
 pub(crate) async fn serve<S>(
     server: Arc<Shared>,
@@ -76,7 +43,7 @@ pub(crate) async fn serve<S>(
     peer: String,
     mut stop: watch::Receiver<bool>,
 ) where
-    S: AsyncRead + AsyncWrite + Unpin + Send,
+    S: AsyncRead + AsyncWrite + OverSocket + Unpin + Send + 'static,
 {
     let mut received = BytesMut::new();
     let mut frames = FrameReader::new(server.config.max_frame);
@@ -108,7 +75,35 @@ pub(crate) async fn serve<S>(
         frames,
         received,
     };
-    let reason = connection.run(stop).await;
+    let reason = loop {
+        match connection.run(&mut stop, Place::Shared).await {
+            End::Move => {}
+            reason => break reason,
+        }
+        let Some(seat) = server.seats.take() else { continue };
+        connection.socket.socket().leave_runtime();
+        let mut stop = stop.clone();
+        let arrive = |connection: &mut Connection<S>| connection.socket.socket().enter_runtime();
+        let seated = seat.run(connection, arrive, async move |connection| {
+            let reason = connection.run(&mut stop, Place::Seat).await;
+            connection.socket.socket().leave_runtime();
+            reason
+        });
+        let reason;
+        (connection, reason) = match seated.await {
+            Ok(back) => back,
+            Err(Ok((connection, error))) => {
+                tracing::debug!(%error, "no thread for a busy connection");
+                (connection, End::Move)
+            }
+            // Its session went with the panic, which is in the log.
+            Err(Err(Lost)) => return,
+        };
+        connection.socket.socket().enter_runtime();
+        if !matches!(reason, End::Move) {
+            break reason;
+        }
+    };
     let Connection { session, .. } = connection;
     let client = session.who();
     match reason {
@@ -117,7 +112,7 @@ pub(crate) async fn serve<S>(
         }
         End::Peer => tracing::info!(client, "client disconnected"),
         End::Server(reason) => tracing::warn!(client, reason, "connection closed"),
-        End::Stop => tracing::debug!(client, "connection closed, the server stops"),
+        End::Stop | End::Move => tracing::debug!(client, "connection closed, the server stops"),
     }
     session.end();
 }
@@ -170,6 +165,17 @@ enum End {
     Peer,
     Server(String),
     Stop,
+    /// Not at all: it is to go on elsewhere.
+    Move,
+}
+
+/// Where a connection runs.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Place {
+    /// In the server's runtime.
+    Shared,
+    /// In a thread of its own.
+    Seat,
 }
 
 struct Connection<S> {
@@ -179,12 +185,19 @@ struct Connection<S> {
     received: BytesMut,
 }
 
-impl<S: AsyncRead + AsyncWrite + Unpin + Send> Connection<S> {
-    async fn run(&mut self, mut stop: watch::Receiver<bool>) -> End {
+impl<S: AsyncRead + AsyncWrite + OverSocket + Unpin + Send> Connection<S> {
+    async fn run(&mut self, stop: &mut watch::Receiver<bool>, place: Place) -> End {
         let mailbox = Arc::clone(&self.session.mailbox);
         let mut stop_at = None;
         let mut alarm = Alarm::default();
         let mut turn = 0;
+        let mut pace = Pace::new(self.session.requests);
+        self.session.owns_thread = place == Place::Seat;
+        if place == Place::Seat {
+            self.sit_down();
+        }
+        let mut moves = false;
+        let mut look = pin!(sleep(LOOK));
         loop {
             self.session.listen();
             let served_all = self.serve_received();
@@ -198,6 +211,13 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Connection<S> {
                 // What was answered before should still arrive, if the peer reads.
                 let _ = timeout(Duration::from_millis(100), self.socket.write_all(&self.session.out)).await;
                 return End::Server(reason);
+            }
+            moves |= match place {
+                Place::Shared => pace.is_busy(self.session.requests),
+                Place::Seat => pace.has_changed(self.session.requests),
+            };
+            if moves && self.session.out.is_empty() && self.session.may_serve() {
+                return End::Move;
             }
             if stop_at.is_none() && *stop.borrow() {
                 stop_at = Some(Instant::now() + self.session.server.config.shutdown_grace);
@@ -234,6 +254,12 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Connection<S> {
                         session.look_at_deadline();
                         continue;
                     }
+                    () = look.as_mut(), if place == Place::Seat => {
+                        moves |= pace.is_quiet(session.requests);
+                        look.as_mut().reset(tokio::time::Instant::now() + LOOK);
+                        self.sit_down();
+                        continue;
+                    }
                     () = sleep_until(stop_at.unwrap_or_else(Instant::now).into()), if stop_at.is_some() => return End::Stop,
                     _ = stop.changed(), if stop_at.is_none() => continue,
                     done = transfer(socket, &mut session.out, received, &mut session.stream, may_serve) => done,
@@ -248,6 +274,13 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Connection<S> {
                 Transfer::Ended => return End::Peer,
                 Transfer::Read(buffer) => session.stream_on(buffer),
             }
+        }
+    }
+
+    /// Goes, with its thread, to the core of its client.
+    fn sit_down(&mut self) {
+        if let Some(core) = self.socket.socket().core() {
+            go_to(core);
         }
     }
 

@@ -13,8 +13,9 @@ use tokio::sync::{oneshot, watch};
 use tokio_util::task::TaskTracker;
 
 use super::admin;
-use super::connection::{Socket, serve};
+use super::connection::serve;
 use super::hub::{Hub, HubOptions};
+use super::socket::Socket;
 use super::sockets::{self, Acceptor, Listener};
 use super::{ServerConfig, Shared, locks::LockHolder};
 use crate::ids::Tid;
@@ -250,6 +251,11 @@ impl ServerHandle {
     /// Who holds or waits for locks, by storage.
     pub fn lock_holders(&self) -> Vec<(String, Vec<LockHolder>)> {
         self.shared.hubs.iter().map(|hub| (hub.id.clone(), hub.locks.holders())).collect()
+    }
+
+    /// Connections that have a thread of their own now, because they load without pause.
+    pub fn load_threads(&self) -> usize {
+        self.shared.config.load_threads - self.shared.seats.free()
     }
 
     /// Stops in good order and waits for it. Further calls do nothing.

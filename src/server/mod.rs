@@ -3,7 +3,8 @@
 //! | module | what it is |
 //! | --- | --- |
 //! | [`listener`], `sockets` | addresses bound, connections accepted and counted |
-//! | `connection` | one task a connection: socket, buffers, when to do what |
+//! | `connection`, `socket` | one task a connection: socket, buffers, when to do what |
+//! | `seat` | threads for connections that load without pause |
 //! | `session` | one client: its view, its calls (`reads`, `transaction`, `undo`, `cursors`, `blobs`) |
 //! | `mailbox` | what the rest of the server has to say to one connection, in order |
 //! | `hub` | one storage: who listens, what was published |
@@ -25,8 +26,10 @@ pub mod listener;
 mod locks;
 mod mailbox;
 mod reads;
+mod seat;
 mod session;
 mod slow;
+mod socket;
 mod sockets;
 mod staging;
 mod status;
@@ -47,6 +50,7 @@ use crate::storage::{ConflictResolver, NoResolution, References};
 use hub::Hub;
 pub use listener::{Server, ServerError, ServerHandle};
 pub use locks::LockHolder;
+use seat::Seats;
 use slow::{Budget, SlowLog};
 
 /// How to serve. The defaults are ZEO's, except for limits that ZEO does not have.
@@ -102,6 +106,8 @@ pub struct ServerConfig {
     pub checkpoint_interval: Duration,
     /// Threads of the event loop; `None`: one a core, at least two.
     pub workers: Option<usize>,
+    /// Connections that load without pause and may have a thread each.
+    pub load_threads: usize,
 }
 
 impl Default for ServerConfig {
@@ -132,6 +138,7 @@ impl Default for ServerConfig {
             tls: None,
             checkpoint_interval: Duration::from_secs(300),
             workers: None,
+            load_threads: 64,
         }
     }
 }
@@ -152,6 +159,7 @@ pub(crate) struct Shared {
     /// Lines about connections that were refused or never became a client's.
     refusals: Budget,
     stopping: AtomicBool,
+    pub(crate) seats: Seats,
     /// Bytes of staged records in memory, of all transactions.
     pub(crate) staged_memory: Arc<AtomicUsize>,
 }
@@ -160,6 +168,7 @@ impl Shared {
     pub(crate) fn new(config: ServerConfig, hubs: Vec<Arc<Hub>>) -> Self {
         Self {
             slow: SlowLog::new(config.slow_operation),
+            seats: Seats::new(config.load_threads),
             config,
             hubs,
             open: AtomicUsize::new(0),

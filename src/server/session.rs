@@ -79,6 +79,10 @@ pub(crate) struct Session {
     pub(crate) view: Tid,
     /// Frames to be sent.
     pub(crate) out: BytesMut,
+    /// It may block without holding up others.
+    pub(crate) owns_thread: bool,
+    /// How many loads, and how many other calls, there were.
+    pub(crate) requests: (u64, u64),
     pub(crate) txn: Option<Transaction>,
     pub(crate) votes: u64,
     /// Finishes on their way; they are not stopped any more.
@@ -113,6 +117,8 @@ impl Session {
             read_only: false,
             view: Tid::ZERO,
             out: BytesMut::new(),
+            owns_thread: false,
+            requests: (0, 0),
             txn: None,
             votes: 0,
             committer_busy: 0,
@@ -239,6 +245,10 @@ impl Session {
             Ok(call) => call,
             Err(bad) => return self.serve_bad(id, is_async, &bad),
         };
+        match call {
+            Call::LoadBefore { .. } => self.requests.0 += 1,
+            _ => self.requests.1 += 1,
+        }
         let (oid, tid) = subject(&call);
         let mut to = ReplyTo { id, is_async, method: method(&call), began: Instant::now(), oid, tid };
         let served = match (&self.registration, call) {

@@ -9,8 +9,8 @@ use std::time::Duration;
 use socket2::{Domain, SockRef, Socket as RawSocket, TcpKeepalive, Type};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 
-use super::connection::Socket;
 use super::listener::ServerError;
+use super::socket::Socket;
 use crate::net::Address;
 use crate::net::activation::{Inherited, ListeningSocket};
 

@@ -405,7 +405,7 @@ impl Session {
         let listener = self.registration.as_ref().map_or(u64::MAX, |registration| registration.id);
         let job = FinishJob { held, listener, mailbox: Arc::clone(&self.mailbox), reply };
         let may_block = self.runtime.runtime_flavor() == RuntimeFlavor::MultiThread;
-        let job = if may_block { hub.committer.finish_alone(hub, job) } else { Some(job) };
+        let job = if may_block { hub.committer.finish_alone(hub, job, self.owns_thread) } else { Some(job) };
         if let Some(job) = job {
             hub.committer.submit(job);
         }

@@ -24,7 +24,7 @@ use rustls::crypto::CryptoProvider;
 pub use client::{ClientSession, ClientTls, ClientTlsOptions, TlsVersion};
 pub use explain::{TLS_HELLO, looks_like_tls};
 pub use key::Password;
-pub use server::{ServerTls, ServerTlsOptions};
+pub use server::{ServerStream, ServerTls, ServerTlsOptions};
 
 use certificate::Certificate;
 use pem::PemFile;

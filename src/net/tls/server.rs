@@ -11,12 +11,14 @@ use rustls::server::{Acceptor, NoServerSessionStorage};
 use rustls::sign::SingleCertAndKey;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio_rustls::LazyConfigAcceptor;
-use tokio_rustls::server::TlsStream;
 
 use super::explain::Explain;
 use super::key::{Identity, Password};
 use super::verify::PeerVerifier;
 use super::{Authenticate, PemSource, TlsError, Trust, provider, read_added};
+
+/// An accepted connection.
+pub use tokio_rustls::server::TlsStream as ServerStream;
 
 /// What a plaintext client that waited in silence is sent before it is hung up on: the alert `handshake_failure`, by which ours knows that
 /// the server speaks TLS.
@@ -92,7 +94,12 @@ impl ServerTls {
     /// a clone of some `Arc`s, and the handshake's cryptography (about a millisecond), which runs on the calling task.
     ///
     /// Whoever says nothing, or nothing of TLS, is told by an alert and by the error's text that this is TLS.
-    pub async fn accept<S>(&self, stream: S, peer: &str, within: Duration) -> Result<TlsStream<S>, TlsError>
+    pub async fn accept<S>(
+        &self,
+        stream: S,
+        peer: &str,
+        within: Duration,
+    ) -> Result<ServerStream<S>, TlsError>
     where
         S: AsyncRead + AsyncWrite + Unpin,
     {

@@ -9,3 +9,4 @@ mod ordering;
 mod others;
 mod peer;
 mod reads;
+mod seats;
