@@ -27,7 +27,7 @@ use tokio::sync::oneshot;
 /// Loads without any other request, after which the clock is looked at.
 const RUN: u64 = 64;
 /// Who makes them within this time is busy.
-const BUSY: Duration = Duration::from_millis(20);
+const BUSY: Duration = Duration::from_millis(50);
 /// How often a connection that has a seat is asked whether it still needs it. Then it needs [`RUN`] loads.
 pub(crate) const LOOK: Duration = Duration::from_millis(100);
 

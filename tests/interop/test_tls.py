@@ -21,6 +21,8 @@ import ZEO
 import ZODB
 import ZODB.config
 from peers import START, ZEO_STOP, free_port
+from ZODB.POSException import POSKeyError
+from ZODB.utils import maxtid, p64
 
 import zeo_rs
 from zeo_rs import _zeo, tls
@@ -236,6 +238,34 @@ def test_certificates_of_the_documentation(serve, certs, server_kind, client_kin
         server_hostname=HOST,
     )
     commit_and_read(storage)
+
+
+def seats():
+    """Threads of this process that serve one client each."""
+    names = [task.joinpath("comm") for task in Path("/proc/self/task").iterdir()]
+    return sum(name.read_text().strip() == "zeo server seat" for name in names if name.exists())
+
+
+def test_a_client_that_loads_without_pause_keeps_its_session(serve, certs):
+    """Its connection, what TLS holds back included, goes to a thread of its own and back."""
+    server = serve("rust", certificate=certs.cert("server"), key=certs.key("server"), authenticate=certs.cert("client"))
+    storage = rust_client(
+        server.address,
+        certificate=certs.cert("client"),
+        key=certs.key("client"),
+        authenticate=certs.cert("server"),
+        server_hostname=HOST,
+    )
+    deadline = time.monotonic() + 60
+    while not seats():
+        assert time.monotonic() < deadline
+        for _ in range(100):
+            with pytest.raises(POSKeyError):
+                storage.loadBefore(p64(77), maxtid)
+    commit_and_read(storage)
+    while seats():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 @pairs
