@@ -171,6 +171,8 @@ class FileStorage(FileStorageBase, ZODBFileStorage):
             raise ReadOnlyError()
         if self._transaction is transaction and transaction is not None:
             raise StorageTransactionError("Duplicate tpc_begin calls for same transaction")
+        # before the lock: in a forked child it may be held by a thread of the parent
+        self._check_writable()
         # not owned by a thread: another one may finish or abort
         self._commit_lock.acquire()
         try:
@@ -298,6 +300,8 @@ class FileStorage(FileStorageBase, ZODBFileStorage):
                 raise TypeError("progress and throttle are of the built-in pack, and this storage has a packer of its own")
             self._pack_by(self.packer, t, referencesf, gc)
             return
+        if gc is not None:
+            gc = bool(gc)
         # ZODB's own finder of references reads pickles only, which needs no Python
         native = referencesf is zodb_referencesf
         pack_file_storage(self, t, self._commit_lock, None if native else referencesf, gc, progress, throttle)

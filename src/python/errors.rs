@@ -63,9 +63,10 @@ pub(crate) fn storage_error(py: Python<'_>, error: &StorageError) -> PyErr {
         StorageError::Io { what, source } => os_error(what, source),
         StorageError::PreviousIo(_) => zodb::StorageSystemError::new_err(text),
         StorageError::Closed => PyValueError::new_err("closed"),
+        StorageError::PackTime(_) => PyValueError::new_err(text),
         StorageError::Dangling { oid, .. } => PyKeyError::new_err((oid_bytes(py, *oid).unbind(),)),
         StorageError::Cancelled => zodb::PackError::new_err("the pack was cancelled"),
-        StorageError::Foreign { .. } => zodb::StorageError::new_err(text),
+        StorageError::Foreign { .. } | StorageError::Forked { .. } => zodb::StorageError::new_err(text),
         StorageError::WouldBlock => PyRuntimeError::new_err(text),
     }
 }

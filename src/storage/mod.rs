@@ -19,6 +19,7 @@ pub mod blob;
 pub mod error;
 pub mod file;
 pub mod memory;
+pub mod owner;
 pub mod staged;
 pub mod transform;
 
@@ -30,6 +31,7 @@ use bytes::Bytes;
 
 use crate::ids::{Oid, Tid};
 pub use error::StorageError;
+pub use owner::Owner;
 pub use staged::{SpillFile, StagedData};
 
 pub type Result<T, E = StorageError> = std::result::Result<T, E>;

@@ -286,6 +286,11 @@ impl FileStorageBase {
         Ok(())
     }
 
+    /// Raises what every write would: read-only, closed, failed, or of another process.
+    fn _check_writable(&self, py: Python<'_>) -> PyResult<()> {
+        self.opened()?.engine.check_writable().or_raise(py)
+    }
+
     /// Begins; the caller holds the commit lock. Answers the transaction's tid, made of the Unix time `now` if not given.
     #[pyo3(signature = (transaction, tid, status, now))]
     fn _begin<'py>(

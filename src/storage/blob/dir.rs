@@ -17,11 +17,12 @@ use std::time::{Duration, SystemTime};
 use super::layout::{Layout, MARKER, TEMP};
 use super::names::{FileNames, OsFileNames};
 use crate::ids::{Oid, Tid};
-use crate::storage::{Result, StorageError};
+use crate::storage::{Owner, Result, StorageError};
 
 /// A blob directory. Shared by all threads of a storage.
 #[derive(Debug)]
 pub struct BlobDir {
+    owner: Owner,
     base: PathBuf,
     layout: Layout,
     /// Names of files made here are unique in this process by this, among processes by the pid.
@@ -75,7 +76,7 @@ impl BlobDir {
             }
             _ => {}
         }
-        Ok(Self { base, layout, next_temp: AtomicU64::new(0), files, names: Mutex::new(()) })
+        Ok(Self { owner: Owner::here(), base, layout, next_temp: AtomicU64::new(0), files, names: Mutex::new(()) })
     }
 
     pub fn base(&self) -> &Path {
@@ -181,8 +182,11 @@ impl BlobDir {
         sync(&*self.files, &self.oid_dir(oid))
     }
 
-    /// Removes a prepared file that will not be published.
+    /// Removes a prepared file that will not be published; one of the parent's is left to it by a child.
     pub fn discard(&self, prepared: &Path) {
+        if !self.owner.is_here() {
+            return;
+        }
         let _ = self.files.remove_file(prepared);
     }
 

@@ -21,7 +21,7 @@ use super::space::Space;
 use super::{FileStorage, FileStorageOptions, index_file};
 use crate::ids::Tid;
 use crate::storage::blob::{BlobDir, FileNames, OsFileNames};
-use crate::storage::{Result, StorageError};
+use crate::storage::{Owner, Result, StorageError};
 
 /// An opening that read more than this without an index saves one.
 const WORTH_SAVING: u64 = 16 << 20;
@@ -114,6 +114,7 @@ impl FileStorage {
         let snapshot = Arc::new(Snapshot::new(file, index, end, samples, name));
         let saved_index = used_index.then(|| (Arc::downgrade(&snapshot), start));
         let storage = Self {
+            owner: Owner::here(),
             name: given.display().to_string(),
             path,
             options,

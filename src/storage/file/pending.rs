@@ -341,6 +341,10 @@ impl FileStorage {
     /// Removes blob files that were given to a transaction and not taken over: after a vote that failed they are where
     /// they were. Those that are not there are fine.
     pub fn discard_blob_files(&self, files: &[PathBuf]) {
+        if !self.owner.is_here() {
+            // Of a transaction that the parent may still commit.
+            return;
+        }
         files.iter().for_each(|path| remove_quietly(path));
     }
 }
