@@ -98,7 +98,7 @@ fn make(path: &Path, objects: u64) -> Result<(), StorageError> {
             };
             let ops = (first..limit.min(first + PER_TXN)).map(store).collect::<Result<_, StorageError>>()?;
             let txn = StagedTxn {
-                tid: Some(Tid::from_unix(START + f64::from(number))),
+                tid: Tid::from_unix(START + f64::from(number)),
                 ops,
                 ..StagedTxn::default()
             };

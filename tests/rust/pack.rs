@@ -120,7 +120,7 @@ impl Fixture {
 const START: f64 = 1_700_000_000.0;
 
 fn tid_of(number: u64) -> Tid {
-    Tid::from_unix(START + 10.0 * number as f64)
+    Tid::from_unix(START + 10.0 * number as f64).unwrap()
 }
 
 /// Pack time just after transaction `number`.

@@ -218,7 +218,7 @@ impl FileStorageBase {
         let this = self.opened()?;
         let (start, stop) = (optional_tid_arg(start)?, optional_tid_arg(stop)?);
         let transactions = py.detach(|| this.engine.iterate(start, stop)).or_raise(py)?;
-        Ok(records::Transactions::new(this.engine.clone(), transactions))
+        Ok(records::Transactions::new(transactions))
     }
 
     /// `(tid, size, user, description, extension)` of the newest `size` revisions, newest first.
@@ -310,7 +310,7 @@ impl FileStorageBase {
         let meta = metadata_arg(transaction)?;
         let tid = {
             let mut generated = locked(&this.generated);
-            let tid = given.unwrap_or_else(|| Tid::from_unix(now).later_than(*generated));
+            let tid = given.unwrap_or_else(|| Tid::from_unix(now).unwrap_or_default().later_than(*generated));
             *generated = tid.max(*generated);
             tid
         };

@@ -93,7 +93,8 @@ impl FileStorage {
             return Ok(false);
         }
         for (index, placed) in placed.into_iter().enumerate() {
-            snapshot.note(placed.tid, placed.start);
+            // Before the end moves: whoever sees the new end knows the order up to it.
+            snapshot.note_appended(placed.tid, placed.start);
             for (oid, pos) in placed.positions {
                 snapshot.index.insert(oid, pos);
             }
@@ -197,7 +198,9 @@ impl FileStorage {
 }
 
 pub(super) fn now() -> Tid {
-    Tid::from_unix(SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64()))
+    let seconds = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64());
+    // A clock that no tid can tell: one above the last.
+    Tid::from_unix(seconds).unwrap_or(Tid::ZERO)
 }
 
 /// Bytes on their way to the end of the file.

@@ -89,7 +89,7 @@ impl FileStorage {
         let saved = options.stop.is_none().then(|| usable_index(&path, &*file)).flatten();
         let used_index = saved.is_some();
         let (index, start, last_tid) = saved.unwrap_or_else(|| (Index::new(), FIRST_TXN, Tid::ZERO));
-        let mut samples = Samples::default();
+        let mut samples = if used_index { Samples::after(start, last_tid) } else { Samples::default() };
         let range = Range { start, last_tid, stop: options.stop };
         let Scanned { end, last_tid, tail } = scan(&*file, &name, range, &index, &mut samples)?;
         match tail {

@@ -74,7 +74,7 @@ impl FileStorage {
     /// See [`crate::storage::Storage::pack`].
     pub(super) fn pack_file(&self, options: PackOptions<'_>, whole: &dyn WholeStorageLock) -> Result<()> {
         self.check_writable()?;
-        let stop = Tid::from_unix(options.time);
+        let stop = options.stop()?;
         if stop == Tid::ZERO {
             return Err(StorageError::Invalid("Invalid pack time".into()));
         }
