@@ -130,7 +130,11 @@ impl Opened {
         let py = slf.py();
         self.with_pending(transaction, |mut pending, tid| {
             let resolver = Resolver { storage: slf.clone().into_any().unbind(), raised: Mutex::new(None) };
-            let applied = self.engine.apply(&mut pending, op, &resolver);
+            // These look for a transaction, which may take a walk over the file.
+            let applied = match matches!(op, Op::Undo { .. } | Op::Restore { prev_txn: Some(_), .. }) {
+                true => py.detach(|| self.engine.apply(&mut pending, op, &resolver)),
+                false => self.engine.apply(&mut pending, op, &resolver),
+            };
             let raised = locked(&resolver.raised).take();
             let answer = match (applied, raised) {
                 (Ok(applied), _) => Ok((applied.undone, tid)),
