@@ -302,13 +302,18 @@ class FileStorage(FileStorageBase, ZODBFileStorage):
             return
         if gc is not None:
             gc = bool(gc)
+        if throttle is not None and not 0 < throttle < 2**64:
+            raise ValueError(f"throttle is a number of bytes a second, 1 or more, not {throttle}")
         # ZODB's own finder of references reads pickles only, which needs no Python
         native = referencesf is zodb_referencesf
         pack_file_storage(self, t, self._commit_lock, None if native else referencesf, gc, progress, throttle)
         self._opened_file = None
 
     def _pack_by(self, packer, t, referencesf, gc):
-        stop = TimeStamp(*time.gmtime(t)[:5], t % 60).raw()
+        try:
+            stop = TimeStamp(*time.gmtime(t)[:5], t % 60).raw()
+        except (ValueError, OverflowError) as error:
+            raise ValueError(f"Invalid pack time {t}: {error}") from error
         if stop == z64:
             raise FileStorageError("Invalid pack time")
         if not len(self):

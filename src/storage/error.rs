@@ -68,7 +68,7 @@ pub enum StorageError {
     )]
     Forked { path: String, owner: u32 },
     /// `ValueError`: a pack time that is none.
-    #[error("Invalid pack time {0}: a Unix time in seconds, of the year 1900 or later")]
+    #[error("Invalid pack time {0:?}: a Unix time in seconds, of the year 1900 or later")]
     PackTime(f64),
     /// Garbage collection met a reference to nothing (ZODB: `KeyError(oid)`).
     #[error(

@@ -225,6 +225,7 @@ impl FileStorage {
             if let Some(outcome) = result? {
                 return Ok(outcome);
             }
+            pace.enter("catch up", 0, 0)?;
         }
     }
 
