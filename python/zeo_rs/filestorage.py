@@ -8,6 +8,7 @@ import base64
 import contextlib
 import logging
 import os
+import sys
 import threading
 import time
 import uuid
@@ -156,7 +157,7 @@ class FileStorage(FileStorageBase, ZODBFileStorage):
 
     @property
     def _oid(self):
-        return self._index_max() or z64
+        return self._max_oid()
 
     def lastTid(self, oid):
         try:
@@ -209,14 +210,15 @@ class FileStorage(FileStorageBase, ZODBFileStorage):
         if self._is_read_only:
             raise ReadOnlyError()
         if transaction is not self._transaction:
-            raise StorageTransactionError("undo called with wrong transaction")
+            raise StorageTransactionError(self, transaction)
         try:
             undone = base64.decodebytes(transaction_id + b"\n")
         except ValueError:
             undone = b""
         if len(undone) != 8:
             raise UndoError("Invalid transaction id")
-        return self._undo(undone, transaction)
+        tid, oids = self._undo(undone, transaction)
+        return tid, dict.fromkeys(oids).keys()
 
     def set_max_oid(self, oid):
         self._raise_oid(oid)
@@ -224,6 +226,8 @@ class FileStorage(FileStorageBase, ZODBFileStorage):
     # -- blobs
 
     def storeBlob(self, oid, oldserial, data, blobfilename, version, transaction):
+        if self._is_read_only:
+            raise ReadOnlyError()
         if version:
             raise TypeError("versions are not supported")
         staged = self._staged_blob()
@@ -232,6 +236,8 @@ class FileStorage(FileStorageBase, ZODBFileStorage):
         rename_or_copy_blob(blobfilename, staged)
 
     def restoreBlob(self, oid, serial, data, blobfilename, prev_txn, transaction):
+        if self._is_read_only:
+            raise ReadOnlyError()
         staged = self._staged_blob()
         self._restore_blob(oid, serial, data, staged, prev_txn, transaction)
         rename_or_copy_blob(blobfilename, staged)
@@ -245,7 +251,7 @@ class FileStorage(FileStorageBase, ZODBFileStorage):
         if filter is None:
             return [self._history_entry(*entry) for entry in self._history(oid, size)]
         found = []
-        for entry in self._history(oid, len(self) + 2**31):
+        for entry in self._history(oid, sys.maxsize if size > 0 else 0):
             entry = self._history_entry(*entry)
             if filter(entry):
                 found.append(entry)

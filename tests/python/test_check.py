@@ -50,7 +50,7 @@ def test_what_cannot_be_checked(tmp_path, capsys):
     assert run(check, str(tmp_path / "none")) == 2
     assert "cannot open" in capsys.readouterr().err
     assert run(check, __file__) == 2
-    assert "no FileStorage data file" in capsys.readouterr().err
+    assert "not a FileStorage data file" in capsys.readouterr().err
     assert run(dump, str(tmp_path / "none")) == 1
 
 

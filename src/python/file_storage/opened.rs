@@ -111,6 +111,18 @@ impl Opened {
         answer.and_then(|_| Err(errors::transaction_error("the transaction was aborted by another thread")))
     }
 
+    /// As ZODB, for calls of another transaction than the one that was begun: the storage and the transaction say which.
+    pub(super) fn check_for(
+        &self,
+        slf: &Bound<'_, FileStorageBase>,
+        transaction: &Bound<'_, PyAny>,
+    ) -> PyResult<()> {
+        match Self::check(locked(&self.current).as_mut(), transaction) {
+            Ok(_) => Ok(()),
+            Err(_) => Err(errors::wrong_transaction(Some(slf.clone().into_any().unbind()), transaction)),
+        }
+    }
+
     pub(super) fn check<'a>(
         current: Option<&'a mut Current>,
         transaction: &Bound<'_, PyAny>,
@@ -134,6 +146,10 @@ impl Opened {
             let applied = match matches!(op, Op::Undo { .. } | Op::Restore { prev_txn: Some(_), .. }) {
                 true => py.detach(|| self.engine.apply(&mut pending, op, &resolver)),
                 false => self.engine.apply(&mut pending, op, &resolver),
+            };
+            let applied = match self.engine.is_large(&pending) {
+                true => py.detach(|| applied.and_then(|done| self.engine.spill(&mut pending).map(|()| done))),
+                false => applied,
             };
             let raised = locked(&resolver.raised).take();
             let answer = match (applied, raised) {

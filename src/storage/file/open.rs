@@ -107,7 +107,16 @@ impl FileStorage {
         }
         warn_of_the_future(&name, last_tid);
         let blobs = match &options.blob_dir {
-            Some(dir) => Some(Arc::new(BlobDir::open_with(operations.clone(), dir, writes)?)),
+            Some(dir) => {
+                let dir = BlobDir::open_with(operations.clone(), dir, writes)?;
+                // Whoever had unfinished blobs here held the lock, and is gone.
+                if lock.is_some()
+                    && let Err(e) = dir.clean_temp()
+                {
+                    tracing::warn!("{e}");
+                }
+                Some(Arc::new(dir))
+            }
             None => None,
         };
         let oids = OidSupply::open(&path, index.max_oid());

@@ -17,7 +17,7 @@ use crate::ids::{Oid, Tid};
 use crate::limits::MAX_TXN_METADATA;
 use crate::storage::blob::BlobDir;
 use crate::storage::{
-    Conflict, ConflictResolver, Op, Resolution, Result, StagedData, StorageError, TxnMeta, VotedTxn,
+    Conflict, ConflictResolver, Op, Resolution, Result, SpillFile, StagedData, StorageError, TxnMeta, VotedTxn,
 };
 
 /// A transaction between `begin` and `vote`. Dropping it forgets it; blob files given to it stay where they are.
@@ -35,7 +35,14 @@ pub struct Pending {
     pub(super) blobs: Vec<NewBlob>,
     /// Length in the file.
     pub(super) len: u64,
+    /// Its data that do not stay in memory, and how far they have been moved: records, and of `len`.
+    spill: Option<Arc<SpillFile>>,
+    spilled: (usize, u64),
 }
+
+/// An in-process transaction keeps so much in memory; beyond it goes to a file without a name, [`SPILL_BATCH`] at a time.
+const SPILL_AT: u64 = 16 << 20;
+const SPILL_BATCH: u64 = 4 << 20;
 
 pub(super) struct NewRecord {
     pub(super) oid: Oid,
@@ -197,7 +204,42 @@ impl FileStorage {
             resolved: Vec::new(),
             blobs: Vec::new(),
             len: len as u64,
+            spill: None,
+            spilled: (0, len as u64),
         })
+    }
+
+    /// Whether a transaction has more in memory than it should. Costs nothing.
+    pub fn is_large(&self, txn: &Pending) -> bool {
+        txn.len - txn.spilled.1 > if txn.spill.is_some() { SPILL_BATCH } else { SPILL_AT }
+    }
+
+    /// Moves the data of its records to a temporary file beside the data file. (A server has done so before, with limits of
+    /// its own.)
+    ///
+    /// Errors: `Io`, most likely a full disk: the transaction can only be given up.
+    pub fn spill(&self, txn: &mut Pending) -> Result<()> {
+        // A child would write into its parent's file.
+        self.check_process()?;
+        let file = match &txn.spill {
+            Some(file) => file.clone(),
+            None => {
+                let directory = self.path.parent().unwrap_or(Path::new("/"));
+                txn.spill.insert(Arc::new(SpillFile::create(directory)?)).clone()
+            }
+        };
+        let mut records: Vec<&mut StagedData> = Vec::new();
+        for record in txn.records.iter_mut().skip(txn.spilled.0) {
+            if let Body::Data(data @ StagedData::Memory(_)) = &mut record.body {
+                records.push(data);
+            }
+        }
+        let data: Vec<Bytes> = records.iter().map(|data| data.to_bytes()).collect::<Result<_>>()?;
+        for (record, place) in records.into_iter().zip(file.append(&data)?) {
+            *record = place;
+        }
+        txn.spilled = (txn.records.len(), txn.len);
+        Ok(())
     }
 
     /// Checks one operation and adds what it writes. After an error the transaction can only be given up.
