@@ -143,7 +143,7 @@ pub(crate) fn no_blob(py: Python<'_>, path: &Path, oid: Oid, serial: Tid) -> PyE
 /// `error`, an `OSError`, with the name of the file that somebody wanted to open.
 pub(crate) fn about_file(py: Python<'_>, error: PyErr, path: &Path) -> PyErr {
     // an OSError without a number has no place for it
-    let _ = error.value(py).setattr("filename", path);
+    let _ = error.value(py).setattr("filename", path.as_os_str());
     error
 }
 

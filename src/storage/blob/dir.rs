@@ -389,8 +389,6 @@ fn sync(files: &dyn FileNames, path: &Path) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use std::fs::File;
-
     use super::*;
 
     const OID: Oid = Oid(0x0e);
