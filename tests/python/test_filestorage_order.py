@@ -84,7 +84,7 @@ def test_every_transaction_is_found_by_its_tid(storage):
         t = TransactionMetaData()
         storage.tpc_begin(t)
         undone = base64.decodebytes(entry["id"] + b"\n")
-        assert storage.undo(entry["id"], t)[1] == [oid(number(undone))]
+        assert list(storage.undo(entry["id"], t)[1]) == [oid(number(undone))]
         storage.tpc_abort(t)
     t = TransactionMetaData()
     storage.tpc_begin(t)
