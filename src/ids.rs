@@ -183,7 +183,9 @@ mod tests {
     /// Wrapping arithmetic once made them large tids, and a pack as of them dropped all history.
     #[test]
     fn times_that_no_tid_tells_are_none() {
-        for wrong in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY, 1e30, -1e30, -1e10, START_OF_1900 - 1.0, LATEST] {
+        for wrong in
+            [f64::NAN, f64::INFINITY, f64::NEG_INFINITY, 1e30, -1e30, -1e10, START_OF_1900 - 1.0, LATEST]
+        {
             assert_eq!(Tid::from_unix(wrong), None, "{wrong}");
         }
         assert_eq!(Tid::from_unix(START_OF_1900), Some(Tid::ZERO));

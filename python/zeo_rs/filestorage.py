@@ -172,10 +172,11 @@ class FileStorage(FileStorageBase, ZODBFileStorage):
             raise ReadOnlyError()
         if self._transaction is transaction and transaction is not None:
             raise StorageTransactionError("Duplicate tpc_begin calls for same transaction")
-        # before the lock: in a forked child it may be held by a thread of the parent
-        self._check_writable()
         # not owned by a thread: another one may finish or abort
-        self._commit_lock.acquire()
+        if not self._commit_lock.acquire(False):
+            # in a forked child a thread of the parent may hold it for ever
+            self._check_writable()
+            self._commit_lock.acquire()
         try:
             self._tid = self._begin(transaction, tid, status, time.time())
         except BaseException:

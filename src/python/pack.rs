@@ -62,9 +62,10 @@ fn pack_file_storage(
     });
     match (packed, locked(&raised).take()) {
         (Ok(()), _) => Ok(()),
-        (Err(StorageError::Cancelled | StorageError::Invalid(_) | StorageError::Transaction(_)), Some(error)) => {
-            Err(error)
-        }
+        (
+            Err(StorageError::Cancelled | StorageError::Invalid(_) | StorageError::Transaction(_)),
+            Some(error),
+        ) => Err(error),
         (Err(error), _) => Err(errors::storage_error(py, &error)),
     }
 }

@@ -168,6 +168,28 @@ fn assert_sound(f: &Fixture, references: bool) {
     assert!(faults.is_empty(), "{faults:#?}");
 }
 
+/// A time that no tid can tell was once taken for one after everything: all history was dropped.
+#[test]
+fn a_time_that_is_none_packs_nothing() {
+    let fixture = Fixture::new();
+    let memory = zeo_rs::storage::memory::MemoryStorage::new("memory".into());
+    let storages: [&dyn Storage; 2] = [&fixture.storage, &memory];
+    for time in [f64::NAN, f64::INFINITY, -f64::INFINITY, 1e30, -1e10] {
+        for storage in storages {
+            let mut progress = |_: &PackProgress| true;
+            let options = PackOptions {
+                time,
+                gc: None,
+                references: &RecordReferences,
+                progress: &mut progress,
+                throttle: None,
+            };
+            let packed = storage.pack(options, &fixture.lock);
+            assert!(matches!(packed, Err(StorageError::PackTime(_))), "{time} {packed:?}");
+        }
+    }
+}
+
 #[test]
 fn bytes_are_zodbs() {
     let manifest = manifest();

@@ -28,7 +28,8 @@ use self::courtesy::Courtesy;
 use self::opened::{Current, Opened, Phase};
 use self::publishing::Publishing;
 use super::convert::{
-    OrRaise, count_arg, data_arg, metadata_arg, oid_arg, oid_bytes, optional_tid_arg, serial_arg, tid_arg, tid_bytes,
+    OrRaise, count_arg, data_arg, metadata_arg, oid_arg, oid_bytes, optional_tid_arg, serial_arg, tid_arg,
+    tid_bytes,
 };
 use super::{errors, logging, records};
 use crate::ids::Tid;

@@ -12,7 +12,7 @@ use super::courtesy::Courtesy;
 use super::publishing::{Publishing, Seen};
 use super::{FileStorageBase, locked};
 use crate::ids::{Oid, Tid};
-use crate::storage::file::{FileStorage, Pending};
+use crate::storage::file::{Applied, FileStorage, Pending};
 use crate::storage::{Conflict, ConflictResolver, Loaded, Op, Resolution, Storage, StorageError, VotedTxn};
 
 /// The transaction that holds the commit lock.
@@ -142,15 +142,15 @@ impl Opened {
         let py = slf.py();
         self.with_pending(transaction, |mut pending, tid| {
             let resolver = Resolver { storage: slf.clone().into_any().unbind(), raised: Mutex::new(None) };
-            // These look for a transaction, which may take a walk over the file.
-            let applied = match matches!(op, Op::Undo { .. } | Op::Restore { prev_txn: Some(_), .. }) {
-                true => py.detach(|| self.engine.apply(&mut pending, op, &resolver)),
-                false => self.engine.apply(&mut pending, op, &resolver),
+            let mut applied = match op {
+                Op::Undo { .. } | Op::Restore { prev_txn: Some(_), .. } => {
+                    self.look_and_apply(py, &mut pending, op, &resolver)
+                }
+                _ => self.engine.apply(&mut pending, op, &resolver),
             };
-            let applied = match self.engine.is_large(&pending) {
-                true => py.detach(|| applied.and_then(|done| self.engine.spill(&mut pending).map(|()| done))),
-                false => applied,
-            };
+            if self.engine.is_large(&pending) && applied.is_ok() {
+                applied = self.spill(py, &mut pending).and(applied);
+            }
             let raised = locked(&resolver.raised).take();
             let answer = match (applied, raised) {
                 (Ok(applied), _) => Ok((applied.undone, tid)),
@@ -160,6 +160,23 @@ impl Opened {
             };
             (Phase::Begun(pending), answer)
         })
+    }
+
+    /// What looks for a transaction, which may take a walk over the file.
+    #[cold]
+    fn look_and_apply(
+        &self,
+        py: Python<'_>,
+        pending: &mut Pending,
+        op: Op,
+        resolver: &Resolver,
+    ) -> Result<Applied, StorageError> {
+        py.detach(|| self.engine.apply(pending, op, resolver))
+    }
+
+    #[cold]
+    fn spill(&self, py: Python<'_>, pending: &mut Pending) -> Result<(), StorageError> {
+        py.detach(|| self.engine.spill(pending))
     }
 
     pub(super) fn writable(&self, py: Python<'_>) -> PyResult<()> {

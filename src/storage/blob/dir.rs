@@ -80,7 +80,14 @@ impl BlobDir {
             }
             _ => {}
         }
-        Ok(Self { owner: Owner::here(), base, layout, next_temp: AtomicU64::new(0), files, names: Mutex::new(()) })
+        Ok(Self {
+            owner: Owner::here(),
+            base,
+            layout,
+            next_temp: AtomicU64::new(0),
+            files,
+            names: Mutex::new(()),
+        })
     }
 
     pub fn base(&self) -> &Path {

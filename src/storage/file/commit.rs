@@ -10,7 +10,7 @@
 //! transaction is there whole or not at all, and nobody was told of it. After an error in 1 to 3 the append is cut off
 //! again and the storage takes no more writes: after a failed sync nobody knows what the disk has.
 //!
-//! Cost: one mutex, one `fstat`, one `pwrite` for each [`SPILL`] bytes, one `fdatasync` for the group; an index lookup and an
+//! Cost: one mutex, one `lseek`, one `pwrite` for each [`SPILL`] bytes, one `fdatasync` for the group; an index lookup and an
 //! update for each record; one copy of the data, and a `pread` for each record that was spilled to disk.
 
 use std::sync::Arc;

@@ -291,7 +291,7 @@ impl FileStorage {
     }
 
     /// That the file ends where it was left: somebody who wrote to it (locks are advice) would be overwritten, or a hole
-    /// would come before what is appended. Otherwise the storage takes no more writes. Costs an `fstat`.
+    /// would come before what is appended. Otherwise the storage takes no more writes. Costs an `lseek`.
     fn check_end(&self, snapshot: &Snapshot) -> Result<()> {
         let len = snapshot.file.len().map_err(|e| snapshot.io(e))?;
         let end = snapshot.end();

@@ -17,7 +17,8 @@ use crate::ids::{Oid, Tid};
 use crate::limits::MAX_TXN_METADATA;
 use crate::storage::blob::BlobDir;
 use crate::storage::{
-    Conflict, ConflictResolver, Op, Resolution, Result, SpillFile, StagedData, StorageError, TxnMeta, VotedTxn,
+    Conflict, ConflictResolver, Op, Resolution, Result, SpillFile, StagedData, StorageError, TxnMeta,
+    VotedTxn,
 };
 
 /// A transaction between `begin` and `vote`. Dropping it forgets it; blob files given to it stay where they are.

@@ -117,7 +117,11 @@ impl Snapshot {
         while at < unknown_below {
             let header = self.header_in(&mut reader, at)?;
             if header.tid <= last {
-                tracing::warn!("{}: tid {} at {at} is not above its predecessor {last}", self.name(), header.tid);
+                tracing::warn!(
+                    "{}: tid {} at {at} is not above its predecessor {last}",
+                    self.name(),
+                    header.tid
+                );
                 self.samples().set_disordered();
                 return Ok(false);
             }

@@ -83,7 +83,9 @@ impl Check<'_, '_> {
             match references.references(data, oids) {
                 // What older revisions refer to may be gone.
                 Ok(()) if !current => {}
-                Err(e) if !current => odd = Some(format!("data of a revision that is not current cannot be read: {e}")),
+                Err(e) if !current => {
+                    odd = Some(format!("data of a revision that is not current cannot be read: {e}"))
+                }
                 Ok(()) => {
                     oids.sort_unstable();
                     oids.dedup();

@@ -211,8 +211,7 @@ impl FileStorage {
             }
             pace.enter("switch", 0, 0)?;
             pace.set_silent(true);
-            let mut result =
-                Err(StorageError::Transaction("the storage was not held for the switch".into()));
+            let mut result = Err(StorageError::Transaction("the storage was not held for the switch".into()));
             job.whole.with_whole_storage(&mut || {
                 // What the lock was waited for may have been a large transaction: it is not copied now.
                 let much = job.snapshot.end() - copied > LITTLE && rounds < ROUNDS;
