@@ -191,11 +191,14 @@ def test_an_old_revision_that_cannot_be_read_is_a_warning(tmp_path, capsys):
     assert summary.endswith("0 errors, 1 warnings")
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("name", ["simple", "dangling"])
 @pytest.mark.parametrize("command", ["check", "dump"])
-def test_output_that_cannot_be_written_is_no_traceback(command):
+def test_output_that_cannot_be_written_is_no_traceback(command, name, unbuffered):
     with open("/dev/full", "w") as full:
         done = subprocess.run(
-            [sys.executable, "-m", "zeo_rs.cli", command, data("dangling")],
+            [sys.executable, "-m", "zeo_rs.cli", command, data(name)],
+            env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
             stdout=full,
             stderr=subprocess.PIPE,
             text=True,

@@ -172,7 +172,7 @@ fn assert_sound(f: &Fixture, references: bool) {
 #[test]
 fn a_time_that_is_none_packs_nothing() {
     let fixture = Fixture::new();
-    let memory = zeo_rs::storage::memory::MemoryStorage::new("memory".into());
+    let memory = zeo_rs::storage::memory::MemoryStorage::new("memory");
     let storages: [&dyn Storage; 2] = [&fixture.storage, &memory];
     for time in [f64::NAN, f64::INFINITY, -f64::INFINITY, 1e30, -1e10] {
         for storage in storages {

@@ -31,15 +31,17 @@ def main(argv=None):
         if arguments[:1] == [name]:
             import_module(module).arguments(command)
     args = parser.parse_args(arguments)
-    status = import_module(COMMANDS[args.command][0]).run(args)
+    status = 0
     try:
+        status = import_module(COMMANDS[args.command][0]).run(args)
         sys.stdout.flush()
     except BrokenPipeError:
         # whoever reads has seen enough
         discard_output()
     except OSError as error:
+        # of the output, most likely: a full disk
         discard_output()
-        return fail(f"cannot write the output: {error}")
+        return fail(error)
     return status
 
 

@@ -36,9 +36,15 @@ pub struct Pending {
     pub(super) blobs: Vec<NewBlob>,
     /// Length in the file.
     pub(super) len: u64,
-    /// Its data that do not stay in memory, and how far they have been moved: records, and of `len`.
-    spill: Option<Arc<SpillFile>>,
-    spilled: (usize, u64),
+    spill: Option<Box<Spill>>,
+}
+
+/// Data of a transaction that do not stay in memory.
+struct Spill {
+    file: Arc<SpillFile>,
+    /// How far they have been moved: records, and their length.
+    records: usize,
+    len: u64,
 }
 
 /// An in-process transaction keeps so much in memory; beyond it goes to a file without a name, [`SPILL_BATCH`] at a time.
@@ -206,13 +212,15 @@ impl FileStorage {
             blobs: Vec::new(),
             len: len as u64,
             spill: None,
-            spilled: (0, len as u64),
         })
     }
 
     /// Whether a transaction has more in memory than it should. Costs nothing.
     pub fn is_large(&self, txn: &Pending) -> bool {
-        txn.len - txn.spilled.1 > if txn.spill.is_some() { SPILL_BATCH } else { SPILL_AT }
+        match &txn.spill {
+            None => txn.len > SPILL_AT,
+            Some(spill) => txn.len - spill.len > SPILL_BATCH,
+        }
     }
 
     /// Moves the data of its records to a temporary file beside the data file. (A server has done so before, with limits of
@@ -222,24 +230,25 @@ impl FileStorage {
     pub fn spill(&self, txn: &mut Pending) -> Result<()> {
         // A child would write into its parent's file.
         self.check_process()?;
-        let file = match &txn.spill {
-            Some(file) => file.clone(),
-            None => {
+        let spill = match &mut txn.spill {
+            Some(spill) => spill,
+            none => {
                 let directory = self.path.parent().unwrap_or(Path::new("/"));
-                txn.spill.insert(Arc::new(SpillFile::create(directory)?)).clone()
+                let file = Arc::new(SpillFile::create(directory)?);
+                none.insert(Box::new(Spill { file, records: 0, len: 0 }))
             }
         };
         let mut records: Vec<&mut StagedData> = Vec::new();
-        for record in txn.records.iter_mut().skip(txn.spilled.0) {
+        for record in txn.records.iter_mut().skip(spill.records) {
             if let Body::Data(data @ StagedData::Memory(_)) = &mut record.body {
                 records.push(data);
             }
         }
         let data: Vec<Bytes> = records.iter().map(|data| data.to_bytes()).collect::<Result<_>>()?;
-        for (record, place) in records.into_iter().zip(file.append(&data)?) {
+        for (record, place) in records.into_iter().zip(spill.file.append(&data)?) {
             *record = place;
         }
-        txn.spilled = (txn.records.len(), txn.len);
+        (spill.records, spill.len) = (txn.records.len(), txn.len);
         Ok(())
     }
 
