@@ -97,11 +97,8 @@ fn make(path: &Path, objects: u64) -> Result<(), StorageError> {
                 })
             };
             let ops = (first..limit.min(first + PER_TXN)).map(store).collect::<Result<_, StorageError>>()?;
-            let txn = StagedTxn {
-                tid: Some(Tid::from_unix(START + f64::from(number))),
-                ops,
-                ..StagedTxn::default()
-            };
+            let txn =
+                StagedTxn { tid: Tid::from_unix(START + f64::from(number)), ops, ..StagedTxn::default() };
             number += 1;
             if let VoteOutcome::Ready(voted) = storage.vote(txn, &NoResolution)? {
                 storage.finish(vec![voted], &mut |_| {})?;

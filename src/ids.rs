@@ -87,14 +87,18 @@ impl Tid {
     }
 
     /// Tid of a Unix time in seconds, with ZODB's arithmetic (f64, truncated), so equal to `TimeStamp(*gmtime(t)[:5]+(t%60,))`.
-    pub fn from_unix(seconds: f64) -> Self {
+    /// `None`: no tid tells that time (before 1900, after 9916, not a number).
+    pub fn from_unix(seconds: f64) -> Option<Self> {
+        if !(START_OF_1900..LATEST).contains(&seconds) {
+            return None;
+        }
         let whole = seconds.floor();
         let days = (whole / 86400.0).floor();
         let (y, mo, d) = civil_from_days(days as i64);
         let in_day = (whole - days * 86400.0) as u32;
         let minute = join_minutes(y, mo, d, in_day / 3600, in_day / 60 % 60);
         let fraction = (seconds.rem_euclid(60.0) / SECOND_UNIT) as u32;
-        Self(u64::from(minute) << 32 | u64::from(fraction))
+        Some(Self(u64::from(minute) << 32 | u64::from(fraction)))
     }
 
     /// Unix time in seconds.
@@ -104,6 +108,10 @@ impl Tid {
         (days_from_civil(y, mo, d) * 86400 + i64::from(h * 3600 + mi * 60)) as f64 + seconds
     }
 }
+
+/// 1900-01-01 and 9916-01-01 as Unix times. After the latter the minutes no longer fit 32 bits.
+const START_OF_1900: f64 = -2_208_988_800.0;
+const LATEST: f64 = 250_751_462_400.0;
 
 /// One unit of a tid's low word, in seconds.
 const SECOND_UNIT: f64 = 60.0 / 65536.0 / 65536.0;
@@ -166,10 +174,23 @@ mod tests {
 
     #[test]
     fn tid_is_a_time() {
-        assert_eq!(Tid::from_unix(0.0), Tid(0x023c_2b00_0000_0000));
-        assert_eq!(Tid::from_unix(1_704_067_200.0), Tid(0x03f5_8e00_0000_0000));
-        assert_eq!(Tid::from_unix(1_704_067_201.0), Tid(0x03f5_8e00_0444_4444));
+        assert_eq!(Tid::from_unix(0.0), Some(Tid(0x023c_2b00_0000_0000)));
+        assert_eq!(Tid::from_unix(1_704_067_200.0), Some(Tid(0x03f5_8e00_0000_0000)));
+        assert_eq!(Tid::from_unix(1_704_067_201.0), Some(Tid(0x03f5_8e00_0444_4444)));
         assert!((Tid(0x040d_3092_e0b6_c866).to_unix() - 1_795_362_412.667_342_7).abs() < 1e-5);
+    }
+
+    /// Wrapping arithmetic once made them large tids, and a pack as of them dropped all history.
+    #[test]
+    fn times_that_no_tid_tells_are_none() {
+        for wrong in
+            [f64::NAN, f64::INFINITY, f64::NEG_INFINITY, 1e30, -1e30, -1e10, START_OF_1900 - 1.0, LATEST]
+        {
+            assert_eq!(Tid::from_unix(wrong), None, "{wrong}");
+        }
+        assert_eq!(Tid::from_unix(START_OF_1900), Some(Tid::ZERO));
+        let last = Tid::from_unix(LATEST - 1.0).unwrap();
+        assert!(last.0 >> 63 == 1 && (last.to_unix() - LATEST + 1.0).abs() < 1e-3, "{last:?}");
     }
 
     #[test]

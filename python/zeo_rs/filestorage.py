@@ -8,6 +8,7 @@ import base64
 import contextlib
 import logging
 import os
+import sys
 import threading
 import time
 import uuid
@@ -156,7 +157,7 @@ class FileStorage(FileStorageBase, ZODBFileStorage):
 
     @property
     def _oid(self):
-        return self._index_max() or z64
+        return self._max_oid()
 
     def lastTid(self, oid):
         try:
@@ -172,7 +173,10 @@ class FileStorage(FileStorageBase, ZODBFileStorage):
         if self._transaction is transaction and transaction is not None:
             raise StorageTransactionError("Duplicate tpc_begin calls for same transaction")
         # not owned by a thread: another one may finish or abort
-        self._commit_lock.acquire()
+        if not self._commit_lock.acquire(False):
+            # in a forked child a thread of the parent may hold it for ever
+            self._check_writable()
+            self._commit_lock.acquire()
         try:
             self._tid = self._begin(transaction, tid, status, time.time())
         except BaseException:
@@ -207,14 +211,15 @@ class FileStorage(FileStorageBase, ZODBFileStorage):
         if self._is_read_only:
             raise ReadOnlyError()
         if transaction is not self._transaction:
-            raise StorageTransactionError("undo called with wrong transaction")
+            raise StorageTransactionError(self, transaction)
         try:
             undone = base64.decodebytes(transaction_id + b"\n")
         except ValueError:
             undone = b""
         if len(undone) != 8:
             raise UndoError("Invalid transaction id")
-        return self._undo(undone, transaction)
+        tid, oids = self._undo(undone, transaction)
+        return tid, dict.fromkeys(oids).keys()
 
     def set_max_oid(self, oid):
         self._raise_oid(oid)
@@ -222,6 +227,8 @@ class FileStorage(FileStorageBase, ZODBFileStorage):
     # -- blobs
 
     def storeBlob(self, oid, oldserial, data, blobfilename, version, transaction):
+        if self._is_read_only:
+            raise ReadOnlyError()
         if version:
             raise TypeError("versions are not supported")
         staged = self._staged_blob()
@@ -230,6 +237,8 @@ class FileStorage(FileStorageBase, ZODBFileStorage):
         rename_or_copy_blob(blobfilename, staged)
 
     def restoreBlob(self, oid, serial, data, blobfilename, prev_txn, transaction):
+        if self._is_read_only:
+            raise ReadOnlyError()
         staged = self._staged_blob()
         self._restore_blob(oid, serial, data, staged, prev_txn, transaction)
         rename_or_copy_blob(blobfilename, staged)
@@ -243,7 +252,7 @@ class FileStorage(FileStorageBase, ZODBFileStorage):
         if filter is None:
             return [self._history_entry(*entry) for entry in self._history(oid, size)]
         found = []
-        for entry in self._history(oid, len(self) + 2**31):
+        for entry in self._history(oid, sys.maxsize if size > 0 else 0):
             entry = self._history_entry(*entry)
             if filter(entry):
                 found.append(entry)
@@ -298,13 +307,20 @@ class FileStorage(FileStorageBase, ZODBFileStorage):
                 raise TypeError("progress and throttle are of the built-in pack, and this storage has a packer of its own")
             self._pack_by(self.packer, t, referencesf, gc)
             return
+        if gc is not None:
+            gc = bool(gc)
+        if throttle is not None and not 0 < throttle < 2**64:
+            raise ValueError(f"throttle is a number of bytes a second, 1 or more, not {throttle}")
         # ZODB's own finder of references reads pickles only, which needs no Python
         native = referencesf is zodb_referencesf
         pack_file_storage(self, t, self._commit_lock, None if native else referencesf, gc, progress, throttle)
         self._opened_file = None
 
     def _pack_by(self, packer, t, referencesf, gc):
-        stop = TimeStamp(*time.gmtime(t)[:5], t % 60).raw()
+        try:
+            stop = TimeStamp(*time.gmtime(t)[:5], t % 60).raw()
+        except (ValueError, OverflowError) as error:
+            raise ValueError(f"Invalid pack time {t}: {error}") from error
         if stop == z64:
             raise FileStorageError("Invalid pack time")
         if not len(self):

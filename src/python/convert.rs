@@ -1,7 +1,8 @@
 //! Python arguments to Rust values and back. Each conversion here copies at most the bytes themselves.
 
 use bytes::Bytes;
-use pyo3::exceptions::{PyTypeError, PyValueError};
+use pyo3::buffer::PyBuffer;
+use pyo3::exceptions::{PyOverflowError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
@@ -49,8 +50,22 @@ pub(crate) fn optional_tid_arg(value: Option<&Bound<'_, PyAny>>) -> PyResult<Opt
 
 /// A data record. Copies: the storage may keep it after the call, when Python no longer does.
 pub(crate) fn data_arg(value: &Bound<'_, PyAny>) -> PyResult<Bytes> {
-    let bytes = value.cast::<PyBytes>().map_err(|_| PyTypeError::new_err("a data record is bytes"))?;
-    Ok(Bytes::copy_from_slice(bytes.as_bytes()))
+    if let Ok(bytes) = value.cast::<PyBytes>() {
+        return Ok(Bytes::copy_from_slice(bytes.as_bytes()));
+    }
+    // bytearray, memoryview
+    let buffer = PyBuffer::<u8>::get(value).map_err(|_| PyTypeError::new_err("a data record is bytes"))?;
+    Ok(buffer.to_vec(value.py())?.into())
+}
+
+/// How many: ZODB takes any number, where negative ones mean none.
+pub(crate) fn count_arg(value: &Bound<'_, PyAny>) -> PyResult<usize> {
+    match value.extract::<usize>() {
+        Err(error) if error.is_instance_of::<PyOverflowError>(value.py()) => {
+            Ok(if value.lt(0)? { 0 } else { usize::MAX })
+        }
+        count => count,
+    }
 }
 
 /// User, description and extension of a transaction object (`IStorageTransactionMetaData`).

@@ -2,6 +2,8 @@
 //!
 //! Costs nothing until an error happens: exception classes are imported at first use.
 
+use std::path::Path;
+
 use pyo3::exceptions::{PyKeyError, PyOSError, PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
@@ -63,9 +65,10 @@ pub(crate) fn storage_error(py: Python<'_>, error: &StorageError) -> PyErr {
         StorageError::Io { what, source } => os_error(what, source),
         StorageError::PreviousIo(_) => zodb::StorageSystemError::new_err(text),
         StorageError::Closed => PyValueError::new_err("closed"),
+        StorageError::PackTime(_) => PyValueError::new_err(text),
         StorageError::Dangling { oid, .. } => PyKeyError::new_err((oid_bytes(py, *oid).unbind(),)),
         StorageError::Cancelled => zodb::PackError::new_err("the pack was cancelled"),
-        StorageError::Foreign { .. } => zodb::StorageError::new_err(text),
+        StorageError::Foreign { .. } | StorageError::Forked { .. } => zodb::StorageError::new_err(text),
         StorageError::WouldBlock => PyRuntimeError::new_err(text),
     }
 }
@@ -131,6 +134,19 @@ pub(crate) fn key_error(py: Python<'_>, oid: Oid) -> PyErr {
     zodb::POSKeyError::new_err((oid_bytes(py, oid).unbind(),))
 }
 
+/// `POSKeyError(text, oid, serial)`, in ZODB's words.
+pub(crate) fn no_blob(py: Python<'_>, path: &Path, oid: Oid, serial: Tid) -> PyErr {
+    let text = format!("No blob file at {}", path.display());
+    zodb::POSKeyError::new_err((text, oid_bytes(py, oid).unbind(), tid_bytes(py, serial).unbind()))
+}
+
+/// `error`, an `OSError`, with the name of the file that somebody wanted to open.
+pub(crate) fn about_file(py: Python<'_>, error: PyErr, path: &Path) -> PyErr {
+    // an OSError without a number has no place for it
+    let _ = error.value(py).setattr("filename", path.as_os_str());
+    error
+}
+
 /// `POSKeyError` for bytes that are no oid.
 pub(crate) fn wrong_oid(bytes: &Bound<'_, PyBytes>) -> PyErr {
     zodb::POSKeyError::new_err((bytes.clone().unbind(),))
@@ -159,13 +175,21 @@ pub(crate) fn is_conflict(py: Python<'_>, error: &PyErr) -> bool {
 /// `OSError` with the number of the system error, so that Python picks `FileNotFoundError` and its like.
 fn os_error(what: &str, source: &std::io::Error) -> PyErr {
     match source.raw_os_error() {
-        Some(number) => PyOSError::new_err((number, format!("{what}: {source}"))),
+        Some(number) => {
+            let reason = source.to_string();
+            // Python says the number itself
+            let reason = reason.trim_end_matches(&format!(" (os error {number})"));
+            PyOSError::new_err((number, format!("{what}: {reason}")))
+        }
         None => PyOSError::new_err(format!("{what}: {source}")),
     }
 }
 
 fn undo(py: Python<'_>, reason: &str, oid: Option<Oid>) -> PyErr {
-    zodb::UndoError::new_err((reason.to_owned(), oid.map(|oid| oid_bytes(py, oid).unbind())))
+    match oid {
+        Some(oid) => zodb::UndoError::new_err((reason.to_owned(), oid_bytes(py, oid).unbind())),
+        None => zodb::UndoError::new_err((reason.to_owned(),)),
+    }
 }
 
 #[derive(Clone, Copy, PartialEq)]

@@ -35,7 +35,7 @@ fn pack_file_storage(
     let engine = storage.get().engine()?.clone();
     // the first exception of Python's callbacks, to be raised unchanged
     let raised: Mutex<Option<PyErr>> = Mutex::new(None);
-    let lock = CommitLock(commit_lock);
+    let lock = CommitLock { lock: commit_lock, raised: &raised };
     let storage = storage.clone().into_any().unbind();
     let packed = py.detach(|| {
         let native = RecordReferences;
@@ -46,9 +46,13 @@ fn pack_file_storage(
             None => &native,
         };
         let mut report = |at: &PackProgress| {
-            let Some(progress) = &progress else { return true };
             Python::attach(|py| {
-                progress_call(py, progress, at).unwrap_or_else(|error| {
+                let called = match &progress {
+                    Some(progress) => progress_call(py, progress, at),
+                    // Ctrl-C: whoever calls Python's functions is interrupted there.
+                    None => py.check_signals().map(|()| true),
+                };
+                called.unwrap_or_else(|error| {
                     locked(&raised).get_or_insert(error);
                     false
                 })
@@ -58,7 +62,10 @@ fn pack_file_storage(
     });
     match (packed, locked(&raised).take()) {
         (Ok(()), _) => Ok(()),
-        (Err(StorageError::Cancelled | StorageError::Invalid(_)), Some(error)) => Err(error),
+        (
+            Err(StorageError::Cancelled | StorageError::Invalid(_) | StorageError::Transaction(_)),
+            Some(error),
+        ) => Err(error),
         (Err(error), _) => Err(errors::storage_error(py, &error)),
     }
 }
@@ -78,7 +85,8 @@ fn pack_file_storage_by(
     let py = storage.py();
     let engine = storage.get().engine()?.clone();
     let tid = tid_arg(stop)?;
-    let lock = CommitLock(commit_lock);
+    let of_the_lock = Mutex::new(None);
+    let lock = CommitLock { lock: commit_lock, raised: &of_the_lock };
     let mut raised = None;
     let call = (
         packer.clone().unbind(),
@@ -102,7 +110,7 @@ fn pack_file_storage_by(
         };
         engine.pack_by(tid, &mut pack, &mut || lock.release())
     });
-    match raised {
+    match raised.or_else(|| locked(&of_the_lock).take()) {
         Some(error) => Err(error),
         None => packed.or_raise(py),
     }
@@ -158,9 +166,13 @@ impl References for PythonReferences<'_> {
 }
 
 /// ZODB's commit lock as the lock of the whole storage: whoever holds it is the only writer.
-struct CommitLock(Py<PyAny>);
+struct CommitLock<'a> {
+    lock: Py<PyAny>,
+    /// The first exception, to be raised unchanged: waiting for a lock may be interrupted.
+    raised: &'a Mutex<Option<PyErr>>,
+}
 
-impl WholeStorageLock for CommitLock {
+impl WholeStorageLock for CommitLock<'_> {
     fn with_whole_storage(&self, body: &mut dyn FnMut()) {
         if self.call("acquire") {
             body();
@@ -169,15 +181,20 @@ impl WholeStorageLock for CommitLock {
     }
 }
 
-impl CommitLock {
+impl CommitLock<'_> {
     fn release(&self) {
         self.call("release");
     }
 
     /// Whether it went well.
     fn call(&self, method: &str) -> bool {
-        let called = Python::attach(|py| self.0.bind(py).call_method0(method).map(drop));
-        called.inspect_err(|error| tracing::error!(%error, "the commit lock: {method}")).is_ok()
+        let called = Python::attach(|py| self.lock.bind(py).call_method0(method).map(drop));
+        called
+            .map_err(|error| {
+                tracing::error!(%error, "the commit lock: {method}");
+                locked(self.raised).get_or_insert(error);
+            })
+            .is_ok()
     }
 }
 

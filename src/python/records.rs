@@ -3,26 +3,25 @@
 //! Cost of a record: one object with its bytes made once; the GIL is kept, since records come from a piece of the file
 //! that was read ahead.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Mutex, PoisonError};
 
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyTuple};
 
 use super::convert::{OrRaise, oid_bytes, tid_bytes};
 use crate::ids::Tid;
-use crate::storage::{RecordInfo, RecordIterator, Storage, TxnIterator};
+use crate::storage::{RecordInfo, RecordIterator, TxnIterator};
 
 /// Iterator over `(tid, status, user, description, extension, Records)`.
 #[pyclass(frozen, module = "zeo_rs._zeo", name = "_Transactions")]
 pub(crate) struct Transactions {
-    storage: Arc<dyn Storage>,
     /// `None` after the end and after `close`.
     transactions: Mutex<Option<Box<dyn TxnIterator>>>,
 }
 
 impl Transactions {
-    pub(crate) fn new(storage: Arc<dyn Storage>, transactions: Box<dyn TxnIterator>) -> Self {
-        Self { storage, transactions: Mutex::new(Some(transactions)) }
+    pub(crate) fn new(transactions: Box<dyn TxnIterator>) -> Self {
+        Self { transactions: Mutex::new(Some(transactions)) }
     }
 }
 
@@ -44,8 +43,7 @@ impl Transactions {
         let bytes = |bytes: &[u8]| PyBytes::new(py, bytes);
         let (user, description) = (bytes(&info.meta.user), bytes(&info.meta.description));
         let (status, extension) = (char::from(info.status), bytes(&info.meta.extension));
-        let records =
-            Records { storage: self.storage.clone(), tid: info.tid, first: Mutex::new(Some(records)) };
+        let records = Records { again: Mutex::new(records.again()), first: Mutex::new(Some(records)) };
         (tid_bytes(py, info.tid), status, user, description, extension, records).into_pyobject(py).map(Some)
     }
 
@@ -57,24 +55,18 @@ impl Transactions {
 /// The records of one transaction. Each `iter()` starts anew.
 #[pyclass(frozen, module = "zeo_rs._zeo", name = "_Records")]
 pub(crate) struct Records {
-    storage: Arc<dyn Storage>,
-    tid: Tid,
-    /// The reader that came with the transaction, until it is used.
+    /// The reader that came with the transaction, with what was read ahead, until it is used.
     first: Mutex<Option<Box<dyn RecordIterator>>>,
+    /// Knows where the others begin.
+    again: Mutex<Option<Box<dyn RecordIterator>>>,
 }
 
 #[pymethods]
 impl Records {
-    fn __iter__(&self, py: Python<'_>) -> PyResult<RecordReader> {
+    fn __iter__(&self) -> RecordReader {
         let first = self.first.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let records = match first {
-            Some(records) => Some(records),
-            None => py
-                .detach(|| self.storage.iterate(Some(self.tid), Some(self.tid))?.next_txn())
-                .or_raise(py)?
-                .map(|(_, records)| records),
-        };
-        Ok(RecordReader(Mutex::new(Reading { records, tid: None })))
+        let again = || self.again.lock().unwrap_or_else(PoisonError::into_inner).as_ref()?.again();
+        RecordReader(Mutex::new(Reading { records: first.or_else(again), tid: None }))
     }
 }
 

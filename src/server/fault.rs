@@ -31,6 +31,7 @@ pub(crate) fn of(error: &StorageError) -> Fault {
         }
         StorageError::Unsupported(_) => Fault::new("builtins.AttributeError", text),
         StorageError::Io { .. } => Fault::new("builtins.OSError", text),
+        StorageError::PackTime(_) => Fault::new("builtins.ValueError", text),
         StorageError::Foreign { class, text } => Fault::new(class.clone(), text.clone()),
         _ => Fault::new("ZODB.POSException.StorageSystemError", text),
     }

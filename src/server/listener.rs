@@ -21,7 +21,7 @@ use super::{ServerConfig, Shared, locks::LockHolder};
 use crate::ids::Tid;
 use crate::net::tls::{ServerTls, TlsError};
 use crate::net::{Address, activation};
-use crate::storage::{Storage, StorageError};
+use crate::storage::{Owner, Storage, StorageError};
 
 /// Why a server could not be started or stopped.
 #[derive(Debug, thiserror::Error)]
@@ -199,7 +199,8 @@ impl Server {
         };
         let thread =
             std::thread::Builder::new().name("zeo server".into()).spawn(run).map_err(ServerError::Threads)?;
-        Ok(ServerHandle { addresses, http_address, shared, stop: Some(stop), thread: Some(thread) })
+        let owner = Owner::here();
+        Ok(ServerHandle { owner, addresses, http_address, shared, stop: Some(stop), thread: Some(thread) })
     }
 
     fn runtime(&self) -> Result<Runtime, ServerError> {
@@ -225,8 +226,10 @@ fn close_storages(shared: &Shared) -> Result<(), ServerError> {
     outcome
 }
 
-/// A server that runs in its own threads. Dropping it stops it.
+/// A server that runs in its own threads. Dropping it stops it. In a child of the process that started it there are no
+/// such threads, and nothing to stop.
 pub struct ServerHandle {
+    owner: Owner,
     addresses: Vec<Address>,
     http_address: Option<Address>,
     shared: Arc<Shared>,
@@ -260,6 +263,11 @@ impl ServerHandle {
 
     /// Stops in good order and waits for it. Further calls do nothing.
     pub fn stop(&mut self) -> Result<(), ServerError> {
+        if !self.owner.is_here() {
+            // Nothing is to be woken or joined, not even by a destructor.
+            std::mem::forget((self.stop.take(), self.thread.take()));
+            return Ok(());
+        }
         self.stop.take();
         match self.thread.take().map(JoinHandle::join) {
             None => Ok(()),

@@ -188,6 +188,10 @@ impl Session {
 
     /// Packs on a worker thread. Everybody is told the new size; whoever waits gets the reply after that.
     pub(crate) fn pack(&mut self, hub: &Arc<Hub>, to: &mut ReplyTo, time: f64, wait: bool) -> Served {
+        if Tid::from_unix(time).is_none() {
+            // Now, so that who does not wait is told, too.
+            return Err(fault::of(&StorageError::PackTime(time)));
+        }
         let waits = wait && !to.is_async;
         let worker_hub = Arc::clone(hub);
         let server = Arc::clone(&self.server);

@@ -62,6 +62,14 @@ pub enum StorageError {
     PreviousIo(String),
     #[error("the storage is closed")]
     Closed,
+    /// A child of the process that opened the file wants to write.
+    #[error(
+        "{path} was opened by process {owner}, which this process was forked from: open it anew here, or after the fork"
+    )]
+    Forked { path: String, owner: u32 },
+    /// `ValueError`: a pack time that is none.
+    #[error("Invalid pack time {0:?}: a Unix time in seconds, of the year 1900 or later")]
+    PackTime(f64),
     /// Garbage collection met a reference to nothing (ZODB: `KeyError(oid)`).
     #[error(
         "{referrer} refers to {oid}, which does not exist: pack without garbage collection, or repair it first"

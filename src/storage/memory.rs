@@ -153,7 +153,8 @@ impl MemoryStorage {
 }
 
 fn now() -> Tid {
-    Tid::from_unix(SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64()))
+    let seconds = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64());
+    Tid::from_unix(seconds).unwrap_or(Tid::ZERO)
 }
 
 impl Storage for MemoryStorage {
@@ -441,7 +442,7 @@ impl Storage for MemoryStorage {
 impl MemoryStorage {
     /// Drops what was not current at the pack time, then what the root does not reach.
     fn pack_now(&self, options: &PackOptions<'_>) -> Result<()> {
-        let stop = Tid::from_unix(options.time);
+        let stop = options.stop()?;
         let mut inner = self.write();
         let inner = &mut *inner;
         for revisions in inner.objects.values_mut() {

@@ -19,6 +19,7 @@ pub mod blob;
 pub mod error;
 pub mod file;
 pub mod memory;
+pub mod owner;
 pub mod staged;
 pub mod transform;
 
@@ -30,6 +31,7 @@ use bytes::Bytes;
 
 use crate::ids::{Oid, Tid};
 pub use error::StorageError;
+pub use owner::Owner;
 pub use staged::{SpillFile, StagedData};
 
 pub type Result<T, E = StorageError> = std::result::Result<T, E>;
@@ -248,6 +250,11 @@ pub trait TxnIterator: Send {
 /// Data records of one transaction, in file order. Independent of the iterator it came from.
 pub trait RecordIterator: Send {
     fn next_record(&mut self) -> Result<Option<RecordInfo>>;
+
+    /// A reader of the same records, from the first on. `None`: it has none, ask the storage for the transaction again.
+    fn again(&self) -> Option<Box<dyn RecordIterator>> {
+        None
+    }
 }
 
 /// Answer of `record_iternext`.
@@ -282,6 +289,13 @@ pub struct PackOptions<'a> {
     pub progress: &'a mut (dyn FnMut(&PackProgress) -> bool + Send),
     /// Upper bound of bytes read and written a second.
     pub throttle: Option<u64>,
+}
+
+impl PackOptions<'_> {
+    /// The pack time as a tid. Errors: `PackTime`; a time that is none must not be taken for one that drops everything.
+    pub fn stop(&self) -> Result<Tid> {
+        Tid::from_unix(self.time).ok_or(StorageError::PackTime(self.time))
+    }
 }
 
 /// A storage engine. All methods block; none is called with an engine lock held.

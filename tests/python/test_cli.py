@@ -332,6 +332,16 @@ def test_check_dump_pack(tmp_path):
     assert run("pack", tmp_path / "missing")[0] == 2
 
 
+@pytest.mark.parametrize(
+    "option", [("--days=-1", "0 or more"), ("--days=nan", "0 or more"), ("--days=100000", "1900"), ("--throttle=0", "1 or more")]
+)
+def test_pack_refuses_what_means_nothing(tmp_path, option):
+    (tmp_path / "Data.fs").write_bytes(b"FS30")
+    for target in ([tmp_path / "Data.fs"], ["--server", "127.0.0.1:1"]):
+        status, _, error = run("pack", *target, option[0])
+        assert status == 2 and option[1] in error and "Traceback" not in error
+
+
 def test_pack_of_a_server(tmp_path):
     address, stop = zeo_rs.server(str(tmp_path / "Data.fs"))
     connection = zeo_rs.connection(address)

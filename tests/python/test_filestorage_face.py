@@ -281,7 +281,7 @@ def test_undo_ids(storage):
         with pytest.raises(UndoError):
             storage.undo(wrong, t)
     tid, oids = storage.undo(undone + b"\n", t)
-    assert oids == [z64]
+    assert list(oids) == [z64]
     storage.tpc_vote(t)
     assert storage.tpc_finish(t) == tid
     assert storage.load(z64) == (DATA, tid)

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -20,6 +21,7 @@ from ZODB.FileStorage.FileStorage import FileStorageError
 from ZODB.scripts import fsrefs, fstest
 from ZODB.serialize import referencesf
 
+import zeo_rs
 from zeo_rs import FileStorage
 
 PHASES = ["index", "mark", "copy", "catch up", "switch"]
@@ -438,4 +440,128 @@ def test_a_later_record_that_cannot_be_read_is_no_reason_not_to_pack(tmp_path, f
     store(root, storage.getTid(root))
     with pytest.raises(Exception, match="no pickle|invalid load key|opcode"):
         storage.pack(10**10, finder)
+    storage.close()
+
+
+def history_of(storage):
+    return [(t.tid, [(r.oid, r.data) for r in t]) for t in storage.iterator()]
+
+
+@pytest.mark.parametrize("when", [float("nan"), float("inf"), float("-inf"), 1e30, -1e30, 1e300, -1e10, -2208988801.0])
+def test_a_pack_time_that_is_none_is_refused(tmp_path, when):
+    """Wrapping arithmetic made a time before 1900 a time after all, and history was gone."""
+    storage = FileStorage(str(tmp_path / "Data.fs"))
+    fill(storage, 1)
+    storage = FileStorage(str(tmp_path / "Data.fs"))
+    before = history_of(storage)
+    with pytest.raises(ValueError, match="Invalid pack time"):
+        storage.pack(when, referencesf)
+    storage.packer = lambda *args: pytest.fail("called")
+    with pytest.raises(ValueError, match="Invalid pack time"):
+        storage.pack(when, referencesf)
+    assert history_of(storage) == before
+    storage.close()
+
+
+def test_a_server_refuses_them_too(tmp_path):
+    address, stop = zeo_rs.server(str(tmp_path / "Data.fs"))
+    database = ZODB.DB(zeo_rs.ClientStorage(address))
+    for number in range(5):
+        with database.transaction() as connection:
+            connection.root()["number"] = number
+    before = len(database.undoLog(0, 50))
+    with pytest.raises(Exception, match="Invalid pack time"):
+        database.pack(days=100_000)
+    with pytest.raises(Exception, match="Invalid pack time"):
+        database.storage.pack(float("nan"), referencesf)
+    assert len(database.undoLog(0, 50)) == before == 6
+    database.pack()
+    assert len(database.undoLog(0, 50)) == 0
+    database.close()
+    stop()
+
+
+@pytest.mark.parametrize("gc", [0, 1, "yes", "", None])
+def test_gc_is_any_truth_value(tmp_path, gc):
+    storage = FileStorage(str(tmp_path / "Data.fs"))
+    half = fill(storage, 1)
+    storage = FileStorage(str(tmp_path / "Data.fs"))
+    storage.pack(half, referencesf, gc=gc)
+    storage.close()
+
+
+@pytest.mark.parametrize("throttle", [0, -1, -(10**30)])
+def test_a_throttle_is_positive(tmp_path, throttle):
+    storage = FileStorage(str(tmp_path / "Data.fs"))
+    with pytest.raises(ValueError, match="throttle"):
+        storage.pack(time.time(), referencesf, throttle=throttle)
+    storage.close()
+
+
+INTERRUPTED = """
+import os, signal, sys, time
+from zeo_rs import FileStorage
+from ZODB.serialize import referencesf
+storage = FileStorage(sys.argv[1])
+if sys.argv[2] == "lock":
+    storage._commit_lock.acquire()
+    import threading
+    # once the pack waits for the lock, or will
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+    throttle = None
+elif sys.argv[2] == "native":
+    import threading
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+    throttle = 100_000
+else:
+    def referencesf(record, f=referencesf):
+        os.kill(os.getpid(), signal.SIGINT)
+        return f(record)
+    throttle = None
+try:
+    storage.pack(time.time(), referencesf, throttle=throttle)
+except KeyboardInterrupt:
+    print("interrupted")
+assert not os.path.exists(sys.argv[1] + ".pack")
+"""
+
+
+@pytest.mark.parametrize("where", ["lock", "native", "python"])
+def test_ctrl_c_interrupts(tmp_path, where):
+    """Without a progress callback, too. Uninterrupted, it would take minutes, or for ever."""
+    path = str(tmp_path / "Data.fs")
+    storage = FileStorage(path)
+    with ZODB.DB(storage).transaction() as connection:
+        for number in range(30):
+            connection.root()[number] = PersistentMapping(text="x" * (1 << 20))
+    connection.db().close()
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED, path, where], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout == "interrupted\n", done.stderr
+
+
+def test_the_switch_does_not_copy_what_its_lock_was_waited_for(tmp_path):
+    """A transaction of any size may hold the lock: what it wrote is copied after others have had their turn."""
+    storage = FileStorage(str(tmp_path / "Data.fs"))
+    half = fill(storage, 1)
+    storage = FileStorage(str(tmp_path / "Data.fs"))
+    t = ZODB.Connection.TransactionMetaData()
+    storage.tpc_begin(t)
+    for number in range(40):
+        storage.store(storage.new_oid(), b"\0" * 8, b"x" * (1 << 20), "", t)
+    waits, phases = threading.Event(), []
+
+    def progress(at):
+        if at["phase"] != (phases[-1] if phases else None):
+            phases.append(at["phase"])
+        if at["phase"] == "switch":
+            waits.set()
+
+    packing = threading.Thread(target=storage.pack, args=(half, referencesf), kwargs={"gc": False, "progress": progress})
+    packing.start()
+    assert waits.wait(60)
+    storage.tpc_vote(t)
+    storage.tpc_finish(t)
+    packing.join(60)
+    assert phases[-3:] == ["switch", "catch up", "switch"], phases
+    assert len(list(storage.iterator())) > 1
     storage.close()

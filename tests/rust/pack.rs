@@ -120,7 +120,7 @@ impl Fixture {
 const START: f64 = 1_700_000_000.0;
 
 fn tid_of(number: u64) -> Tid {
-    Tid::from_unix(START + 10.0 * number as f64)
+    Tid::from_unix(START + 10.0 * number as f64).unwrap()
 }
 
 /// Pack time just after transaction `number`.
@@ -166,6 +166,28 @@ fn assert_sound(f: &Fixture, references: bool) {
     check_path(&f.path(""), options).unwrap();
     faults.retain(|fault| fault.starts_with("error"));
     assert!(faults.is_empty(), "{faults:#?}");
+}
+
+/// A time that no tid can tell was once taken for one after everything: all history was dropped.
+#[test]
+fn a_time_that_is_none_packs_nothing() {
+    let fixture = Fixture::new();
+    let memory = zeo_rs::storage::memory::MemoryStorage::new("memory");
+    let storages: [&dyn Storage; 2] = [&fixture.storage, &memory];
+    for time in [f64::NAN, f64::INFINITY, -f64::INFINITY, 1e30, -1e10] {
+        for storage in storages {
+            let mut progress = |_: &PackProgress| true;
+            let options = PackOptions {
+                time,
+                gc: None,
+                references: &RecordReferences,
+                progress: &mut progress,
+                throttle: None,
+            };
+            let packed = storage.pack(options, &fixture.lock);
+            assert!(matches!(packed, Err(StorageError::PackTime(_))), "{time} {packed:?}");
+        }
+    }
 }
 
 #[test]

@@ -1,6 +1,7 @@
 """The command `zeo-rs`."""
 
 import argparse
+import os
 import sys
 from importlib import import_module
 
@@ -30,7 +31,23 @@ def main(argv=None):
         if arguments[:1] == [name]:
             import_module(module).arguments(command)
     args = parser.parse_args(arguments)
-    return import_module(COMMANDS[args.command][0]).run(args)
+    status = 0
+    try:
+        status = import_module(COMMANDS[args.command][0]).run(args)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # whoever reads has seen enough
+        discard_output()
+    except OSError as error:
+        # of the output, most likely: a full disk
+        discard_output()
+        return fail(error)
+    return status
+
+
+def discard_output():
+    """Nothing more is written to stdout: Python must not complain about that at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def fail(text, status=2):

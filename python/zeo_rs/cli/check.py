@@ -1,4 +1,4 @@
-"""`zeo-rs check DATA.FS`: exit status 0 = whole, 1 = faults found, 2 = cannot be checked."""
+"""`zeo-rs check DATA.FS`: exit status 0 = whole, 1 = errors found (with --strict also warnings), 2 = cannot be checked."""
 
 import json
 
@@ -12,6 +12,7 @@ def arguments(parser):
     add("path", metavar="DATA.FS")
     add("--blob-dir", metavar="DIRECTORY", help="also check that every blob has its file")
     add("--no-references", action="store_true", help="do not look into the records")
+    add("--strict", action="store_true", help="warnings, too, make the exit status 1: for a file that nobody writes to")
     add("--json", action="store_true", help="one object a line: the faults, then the summary")
     add("-q", "--quiet", action="store_true", help="no summary, no progress")
 
@@ -41,4 +42,4 @@ def run(args):
             "{transactions} transactions, {records} records, {objects} objects, {blobs} blobs:"
             " {errors} errors, {warnings} warnings".format(**seen)
         )
-    return 1 if seen["errors"] else 0
+    return 1 if seen["errors"] or args.strict and seen["warnings"] else 0

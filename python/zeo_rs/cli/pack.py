@@ -1,5 +1,6 @@
 """`zeo-rs pack`: a data file that nobody has open, or a storage of a running server."""
 
+import argparse
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -18,12 +19,27 @@ def arguments(parser):
     add("target", metavar="DATA.FS|ADDRESS", help="a file; or the address of a server, with --server")
     add("--server", action="store_true", help="TARGET is a server's address; it packs, this command waits")
     add("--storage", default="1", metavar="NAME", help="which storage of the server")
-    add("-d", "--days", type=float, default=0, help="keep what was current so many days ago")
+    add("-d", "--days", type=days, default=0, help="keep what was current so many days ago")
     add("--no-gc", action="store_true", help="keep objects that nothing refers to")
     add("--no-keep-old", action="store_true", help="do not keep the previous file as DATA.FS.old")
     add("--blob-dir", metavar="DIRECTORY")
-    add("--throttle", type=int, metavar="BYTES", help="read and write at most so much a second")
+    add("--throttle", type=throttle, metavar="BYTES", help="read and write at most so much a second")
     add("-q", "--quiet", action="store_true", help="no summary, no progress")
+
+
+def days(text):
+    """Days before now. A pack to a time to come would drop what is not there yet, one to a time before tids means nothing."""
+    number = float(text)
+    if not 0 <= number <= time.time() / 86400 + 25567:
+        raise argparse.ArgumentTypeError(f"{text}: give a number of days, 0 or more, that does not go back before the year 1900")
+    return number
+
+
+def throttle(text):
+    number = int(text)
+    if not 0 < number < 2**64:
+        raise argparse.ArgumentTypeError(f"{text}: give bytes a second, 1 or more")
+    return number
 
 
 def run(args):

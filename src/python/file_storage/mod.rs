@@ -28,12 +28,13 @@ use self::courtesy::Courtesy;
 use self::opened::{Current, Opened, Phase};
 use self::publishing::Publishing;
 use super::convert::{
-    OrRaise, data_arg, metadata_arg, oid_arg, oid_bytes, optional_tid_arg, serial_arg, tid_arg, tid_bytes,
+    OrRaise, count_arg, data_arg, metadata_arg, oid_arg, oid_bytes, optional_tid_arg, serial_arg, tid_arg,
+    tid_bytes,
 };
 use super::{errors, logging, records};
 use crate::ids::Tid;
 use crate::storage::file::{FileStorage, FileStorageOptions};
-use crate::storage::{HistoryEntry, Op, Storage, TxnMeta, UndoEntry};
+use crate::storage::{HistoryEntry, Op, Storage, StorageError, TxnMeta, UndoEntry};
 
 /// Empty until `_open`: so that a Python subclass may have a constructor of its own.
 #[pyclass(subclass, frozen, weakref, module = "zeo_rs._zeo")]
@@ -51,10 +52,10 @@ impl FileStorageBase {
     }
 
     /// For a call that writes: errors before any that the other arguments may give.
-    fn for_write(&self, transaction: &Bound<'_, PyAny>) -> PyResult<&Opened> {
-        let this = self.opened()?;
+    fn for_write<'a>(slf: &'a Bound<'_, Self>, transaction: &Bound<'_, PyAny>) -> PyResult<&'a Opened> {
+        let this = slf.get().opened()?;
         this.writable(transaction.py())?;
-        Opened::check(locked(&this.current).as_mut(), transaction)?;
+        this.check_for(slf, transaction)?;
         Ok(this)
     }
 
@@ -88,7 +89,13 @@ impl FileStorageBase {
         logging::refresh(py);
         let stop = stop.map(tid_arg).transpose()?;
         let options = FileStorageOptions { create, read_only, stop, quota, pack_gc, pack_keep_old, blob_dir };
-        let engine = py.detach(|| FileStorage::open(&file_name, options)).or_raise(py)?;
+        let engine = py.detach(|| FileStorage::open(&file_name, options)).map_err(|error| {
+            let raised = errors::storage_error(py, &error);
+            match error {
+                StorageError::Io { .. } => errors::about_file(py, raised, &file_name),
+                _ => raised,
+            }
+        })?;
         let last = engine.last_tid();
         let opened = Opened {
             engine: Arc::new(engine),
@@ -197,8 +204,13 @@ impl FileStorageBase {
 
     /// The last `count` transactions as `(tid, [oid, …])`, oldest first.
     #[pyo3(name = "lastInvalidations")]
-    fn last_invalidations<'py>(&self, py: Python<'py>, count: usize) -> PyResult<Bound<'py, PyList>> {
+    fn last_invalidations<'py>(
+        &self,
+        py: Python<'py>,
+        count: &Bound<'py, PyAny>,
+    ) -> PyResult<Bound<'py, PyList>> {
         let this = self.opened()?;
+        let count = count_arg(count)?;
         this.settle(py);
         let found = py.detach(|| this.engine.last_invalidations(count)).or_raise(py)?;
         let found = found.into_iter().map(|(tid, oids)| {
@@ -218,7 +230,7 @@ impl FileStorageBase {
         let this = self.opened()?;
         let (start, stop) = (optional_tid_arg(start)?, optional_tid_arg(stop)?);
         let transactions = py.detach(|| this.engine.iterate(start, stop)).or_raise(py)?;
-        Ok(records::Transactions::new(this.engine.clone(), transactions))
+        Ok(records::Transactions::new(transactions))
     }
 
     /// `(tid, size, user, description, extension)` of the newest `size` revisions, newest first.
@@ -226,10 +238,10 @@ impl FileStorageBase {
         &self,
         py: Python<'py>,
         oid: &Bound<'py, PyAny>,
-        size: usize,
+        size: &Bound<'py, PyAny>,
     ) -> PyResult<Vec<Bound<'py, PyTuple>>> {
         let this = self.opened()?;
-        let oid = oid_arg(oid)?;
+        let (oid, size) = (oid_arg(oid)?, count_arg(size)?);
         this.settle(py);
         let entries = py.detach(|| this.engine.history(oid, size)).or_raise(py)?;
         entries.iter().map(|HistoryEntry { tid, size, meta }| described(py, *tid, *size, meta)).collect()
@@ -240,11 +252,12 @@ impl FileStorageBase {
     fn _undo_log<'py>(
         &self,
         py: Python<'py>,
-        first: usize,
-        last: usize,
+        first: &Bound<'py, PyAny>,
+        last: &Bound<'py, PyAny>,
         accept: Option<Py<PyAny>>,
     ) -> PyResult<Vec<Bound<'py, PyTuple>>> {
         let this = self.opened()?;
+        let (first, last) = (count_arg(first)?, count_arg(last)?);
         this.settle(py);
         let mut raised = None;
         let entries = py.detach(|| {
@@ -286,6 +299,11 @@ impl FileStorageBase {
         Ok(())
     }
 
+    /// Raises what every write would: read-only, closed, failed, or of another process.
+    fn _check_writable(&self, py: Python<'_>) -> PyResult<()> {
+        self.opened()?.engine.check_writable().or_raise(py)
+    }
+
     /// Begins; the caller holds the commit lock. Answers the transaction's tid, made of the Unix time `now` if not given.
     #[pyo3(signature = (transaction, tid, status, now))]
     fn _begin<'py>(
@@ -305,7 +323,7 @@ impl FileStorageBase {
         let meta = metadata_arg(transaction)?;
         let tid = {
             let mut generated = locked(&this.generated);
-            let tid = given.unwrap_or_else(|| Tid::from_unix(now).later_than(*generated));
+            let tid = given.unwrap_or_else(|| Tid::from_unix(now).unwrap_or_default().later_than(*generated));
             *generated = tid.max(*generated);
             tid
         };
@@ -324,7 +342,7 @@ impl FileStorageBase {
         version: &Bound<'_, PyAny>,
         transaction: &Bound<'_, PyAny>,
     ) -> PyResult<()> {
-        let this = slf.get().for_write(transaction)?;
+        let this = Self::for_write(slf, transaction)?;
         no_version(Some(version))?;
         let op = Op::Store {
             oid: oid_arg(oid)?,
@@ -344,7 +362,7 @@ impl FileStorageBase {
         blobfilename: PathBuf,
         transaction: &Bound<'_, PyAny>,
     ) -> PyResult<()> {
-        let this = slf.get().for_write(transaction)?;
+        let this = Self::for_write(slf, transaction)?;
         let op = Op::Store {
             oid: oid_arg(oid)?,
             serial: serial_arg(oldserial)?,
@@ -363,7 +381,7 @@ impl FileStorageBase {
         prev_txn: Option<&Bound<'_, PyAny>>,
         transaction: &Bound<'_, PyAny>,
     ) -> PyResult<()> {
-        let this = slf.get().for_write(transaction)?;
+        let this = Self::for_write(slf, transaction)?;
         no_version(Some(version))?;
         let op = Op::Restore {
             oid: oid_arg(oid)?,
@@ -385,7 +403,7 @@ impl FileStorageBase {
         prev_txn: Option<&Bound<'_, PyAny>>,
         transaction: &Bound<'_, PyAny>,
     ) -> PyResult<()> {
-        let this = slf.get().for_write(transaction)?;
+        let this = Self::for_write(slf, transaction)?;
         let op = Op::Restore {
             oid: oid_arg(oid)?,
             serial: tid_arg(serial)?,
@@ -403,7 +421,7 @@ impl FileStorageBase {
         oldserial: &Bound<'_, PyAny>,
         transaction: &Bound<'_, PyAny>,
     ) -> PyResult<()> {
-        let this = slf.get().for_write(transaction)?;
+        let this = Self::for_write(slf, transaction)?;
         let op = Op::Delete { oid: oid_arg(oid)?, serial: serial_arg(oldserial)? };
         this.apply(slf, transaction, op).map(drop)
     }
@@ -416,7 +434,7 @@ impl FileStorageBase {
         transaction: &Bound<'_, PyAny>,
     ) -> PyResult<()> {
         let this = slf.get().opened()?;
-        Opened::check(locked(&this.current).as_mut(), transaction)?;
+        this.check_for(slf, transaction)?;
         let op = Op::CheckCurrent { oid: oid_arg(oid)?, serial: serial_arg(serial)? };
         this.apply(slf, transaction, op).map(drop)
     }
@@ -428,7 +446,7 @@ impl FileStorageBase {
         transaction: &Bound<'py, PyAny>,
     ) -> PyResult<(Bound<'py, PyBytes>, Vec<Bound<'py, PyBytes>>)> {
         let py = slf.py();
-        let this = slf.get().for_write(transaction)?;
+        let this = Self::for_write(slf, transaction)?;
         let (oids, tid) = this.apply(slf, transaction, Op::Undo { tid: tid_arg(undone)? })?;
         Ok((tid_bytes(py, tid), oids.into_iter().map(|oid| oid_bytes(py, oid)).collect()))
     }
@@ -531,7 +549,13 @@ impl FileStorageBase {
         serial: &Bound<'_, PyAny>,
     ) -> PyResult<String> {
         let this = self.opened()?;
-        let path = this.engine.blob_path(oid_arg(oid)?, serial_arg(serial)?).or_raise(py)?;
+        let (oid, serial) = (oid_arg(oid)?, serial_arg(serial)?);
+        let path = match (this.engine.blob_path(oid, serial), this.engine.blob_dir()) {
+            (Err(StorageError::NoBlob { .. }), Some(dir)) => {
+                return Err(errors::no_blob(py, &dir.path(oid, serial), oid, serial));
+            }
+            (path, _) => path.or_raise(py)?,
+        };
         path.into_os_string()
             .into_string()
             .map_err(|path| PyValueError::new_err(format!("not a readable file name: {}", path.display())))
@@ -565,6 +589,11 @@ impl FileStorageBase {
         let this = self.opened()?;
         let found = this.engine.snapshot().index.first_from(oid_arg(oid)?);
         Ok(found.map(|(oid, position)| (oid_bytes(py, oid), position)))
+    }
+
+    /// The largest oid given or stored.
+    fn _max_oid<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyBytes>> {
+        Ok(oid_bytes(py, self.opened()?.engine.max_oid()))
     }
 
     fn _index_max<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyBytes>>> {

@@ -12,7 +12,7 @@ use super::courtesy::Courtesy;
 use super::publishing::{Publishing, Seen};
 use super::{FileStorageBase, locked};
 use crate::ids::{Oid, Tid};
-use crate::storage::file::{FileStorage, Pending};
+use crate::storage::file::{Applied, FileStorage, Pending};
 use crate::storage::{Conflict, ConflictResolver, Loaded, Op, Resolution, Storage, StorageError, VotedTxn};
 
 /// The transaction that holds the commit lock.
@@ -111,6 +111,18 @@ impl Opened {
         answer.and_then(|_| Err(errors::transaction_error("the transaction was aborted by another thread")))
     }
 
+    /// As ZODB, for calls of another transaction than the one that was begun: the storage and the transaction say which.
+    pub(super) fn check_for(
+        &self,
+        slf: &Bound<'_, FileStorageBase>,
+        transaction: &Bound<'_, PyAny>,
+    ) -> PyResult<()> {
+        match Self::check(locked(&self.current).as_mut(), transaction) {
+            Ok(_) => Ok(()),
+            Err(_) => Err(errors::wrong_transaction(Some(slf.clone().into_any().unbind()), transaction)),
+        }
+    }
+
     pub(super) fn check<'a>(
         current: Option<&'a mut Current>,
         transaction: &Bound<'_, PyAny>,
@@ -130,7 +142,15 @@ impl Opened {
         let py = slf.py();
         self.with_pending(transaction, |mut pending, tid| {
             let resolver = Resolver { storage: slf.clone().into_any().unbind(), raised: Mutex::new(None) };
-            let applied = self.engine.apply(&mut pending, op, &resolver);
+            let mut applied = match op {
+                Op::Undo { .. } | Op::Restore { prev_txn: Some(_), .. } => {
+                    self.look_and_apply(py, &mut pending, op, &resolver)
+                }
+                _ => self.engine.apply(&mut pending, op, &resolver),
+            };
+            if self.engine.is_large(&pending) && applied.is_ok() {
+                applied = self.spill(py, &mut pending).and(applied);
+            }
             let raised = locked(&resolver.raised).take();
             let answer = match (applied, raised) {
                 (Ok(applied), _) => Ok((applied.undone, tid)),
@@ -140,6 +160,23 @@ impl Opened {
             };
             (Phase::Begun(pending), answer)
         })
+    }
+
+    /// What looks for a transaction, which may take a walk over the file.
+    #[cold]
+    fn look_and_apply(
+        &self,
+        py: Python<'_>,
+        pending: &mut Pending,
+        op: Op,
+        resolver: &Resolver,
+    ) -> Result<Applied, StorageError> {
+        py.detach(|| self.engine.apply(pending, op, resolver))
+    }
+
+    #[cold]
+    fn spill(&self, py: Python<'_>, pending: &mut Pending) -> Result<(), StorageError> {
+        py.detach(|| self.engine.spill(pending))
     }
 
     pub(super) fn writable(&self, py: Python<'_>) -> PyResult<()> {

@@ -12,16 +12,21 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
 use super::layout::{Layout, MARKER, TEMP};
 use super::names::{FileNames, OsFileNames};
 use crate::ids::{Oid, Tid};
-use crate::storage::{Result, StorageError};
+use crate::storage::{Owner, Result, StorageError};
+
+/// How the names of voted blob files end, and those of files that `zeo_rs.FileStorage` was given before the vote.
+const PREPARED: &str = ".prepared";
+const STAGED: &str = ".staged";
 
 /// A blob directory. Shared by all threads of a storage.
 #[derive(Debug)]
 pub struct BlobDir {
+    owner: Owner,
     base: PathBuf,
     layout: Layout,
     /// Names of files made here are unique in this process by this, among processes by the pid.
@@ -75,7 +80,14 @@ impl BlobDir {
             }
             _ => {}
         }
-        Ok(Self { base, layout, next_temp: AtomicU64::new(0), files, names: Mutex::new(()) })
+        Ok(Self {
+            owner: Owner::here(),
+            base,
+            layout,
+            next_temp: AtomicU64::new(0),
+            files,
+            names: Mutex::new(()),
+        })
     }
 
     pub fn base(&self) -> &Path {
@@ -181,8 +193,11 @@ impl BlobDir {
         sync(&*self.files, &self.oid_dir(oid))
     }
 
-    /// Removes a prepared file that will not be published.
+    /// Removes a prepared file that will not be published; one of the parent's is left to it by a child.
     pub fn discard(&self, prepared: &Path) {
+        if !self.owner.is_here() {
+            return;
+        }
         let _ = self.files.remove_file(prepared);
     }
 
@@ -262,15 +277,16 @@ impl BlobDir {
         })
     }
 
-    /// Removes files of the temporary directory that nobody touched for `age` (left by processes that were killed;
-    /// young ones may belong to a client that shares this directory). Answers how many.
-    pub fn clean_temp(&self, age: Duration) -> Result<usize> {
+    /// Removes what transactions of processes that are gone have left in the temporary directory: files made here and by
+    /// `zeo_rs.FileStorage`, told by their names. Only for who holds the lock of the data file, so that nobody else can
+    /// have such transactions. Files of others (clients that share the directory) stay. Answers how many.
+    pub fn clean_temp(&self) -> Result<usize> {
         let mut removed = 0;
-        let limit = SystemTime::now().checked_sub(age);
         for_each_entry(&self.temp_dir(), &mut |entry, is_dir| {
-            let modified = entry.metadata().and_then(|meta| meta.modified());
-            let stale = matches!((modified, limit), (Ok(modified), Some(limit)) if modified < limit);
-            if !is_dir && stale && self.files.remove_file(&entry.path()).is_ok() {
+            let name = entry.file_name();
+            let name = name.to_string_lossy();
+            let ours = name.ends_with(PREPARED) || name.ends_with(STAGED);
+            if !is_dir && ours && self.files.remove_file(&entry.path()).is_ok() {
                 removed += 1;
             }
             Ok(())
@@ -283,7 +299,7 @@ impl BlobDir {
         let number = self.next_temp.fetch_add(1, Ordering::Relaxed);
         let started =
             SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |time| time.as_nanos());
-        self.temp_dir().join(format!("{}-{started:x}-{number}.prepared", std::process::id()))
+        self.temp_dir().join(format!("{}-{started:x}-{number}{PREPARED}", std::process::id()))
     }
 }
 
@@ -380,8 +396,6 @@ fn sync(files: &dyn FileNames, path: &Path) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use std::fs::File;
-
     use super::*;
 
     const OID: Oid = Oid(0x0e);
@@ -473,14 +487,15 @@ mod tests {
     }
 
     #[test]
-    fn only_old_temporary_files_are_cleaned() {
+    fn what_dead_transactions_left_is_cleaned_and_nothing_else() {
         let temp = tempfile::tempdir().unwrap();
         let dir = BlobDir::open(&temp.path().join("blobs"), true).unwrap();
-        let [old, young] = ["old", "young"].map(|name| dir.temp_dir().join(name));
-        fs::write(&young, "").unwrap();
-        File::create(&old).unwrap().set_modified(SystemTime::now() - Duration::from_secs(7200)).unwrap();
-        assert_eq!(dir.clean_temp(Duration::from_secs(3600)).unwrap(), 1);
-        assert!(young.exists() && !old.exists());
+        let prepared = dir.prepare(&file(temp.path(), "x"), OID).unwrap();
+        let [staged, upload] = ["0a1b.staged", "BUCabcde"].map(|name| dir.temp_dir().join(name));
+        fs::write(&staged, "").unwrap();
+        fs::write(&upload, "").unwrap();
+        assert_eq!(dir.clean_temp().unwrap(), 2);
+        assert!(upload.exists() && !staged.exists() && !prepared.exists());
     }
 
     #[test]

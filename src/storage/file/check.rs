@@ -2,8 +2,8 @@
 //!
 //! 1. *structure*, front to back: lengths, status, order of tids, locations, each object's chain of records, targets of
 //!    back-pointers. After damage it goes on at the next bytes that make a whole transaction.
-//! 2. *references*: every object's current record can be scanned and refers to existing objects only; every blob
-//!    revision has its file, every blob file its revision.
+//! 2. *references*: every object's current record can be scanned and refers to existing objects only; older revisions can
+//!    be scanned; every blob revision has its file, every blob file its revision.
 //! 3. *index*: what NAME.index says, if it would be used.
 //!
 //! Nothing is written. A file in use may be checked: what is appended after the start is not looked at, and an unfinished
@@ -18,10 +18,11 @@ use std::path::Path;
 use rustc_hash::{FxHashMap, FxHashSet};
 
 use super::file::{OsFile, Reader, StorageFile};
-use super::format::{DATA_HEADER_LEN, DataHeader, FIRST_TXN, MAGIC, TXN_HEADER_LEN, TxnHeader, be64, status};
+use super::format::{DATA_HEADER_LEN, DataHeader, FIRST_TXN, TXN_HEADER_LEN, TxnHeader, be64, status};
 use super::index::Index;
 use super::pace::Pace;
 use super::record_set::RecordSet;
+use super::scan::check_magic;
 use crate::ids::{Oid, Tid};
 use crate::storage::blob::BlobDir;
 use crate::storage::{PackProgress, References, Result, StorageError};
@@ -133,10 +134,8 @@ impl<'f, 'a> Check<'f, 'a> {
     fn new(file: &'f dyn StorageFile, path: &'f Path, options: CheckOptions<'a>) -> Result<Self> {
         let failed = |e| StorageError::io(format!("cannot read {}", path.display()), e);
         let size = file.len().map_err(failed)?;
-        let mut magic = [0; 4];
-        if file.read_at(&mut magic, 0).map_err(failed)? < 4 || magic != MAGIC {
-            return Err(StorageError::Format(format!("{} is no FileStorage data file", path.display())));
-        }
+        // A file of no bytes is an empty database, as for whoever opens it.
+        check_magic(file, &path.display().to_string())?;
         Ok(Self {
             file,
             path,

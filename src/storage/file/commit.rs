@@ -10,7 +10,7 @@
 //! transaction is there whole or not at all, and nobody was told of it. After an error in 1 to 3 the append is cut off
 //! again and the storage takes no more writes: after a failed sync nobody knows what the disk has.
 //!
-//! Cost: one mutex, one `pwrite` for each [`SPILL`] bytes, one `fdatasync` for the group; an index lookup and an
+//! Cost: one mutex, one `lseek`, one `pwrite` for each [`SPILL`] bytes, one `fdatasync` for the group; an index lookup and an
 //! update for each record; one copy of the data, and a `pread` for each record that was spilled to disk.
 
 use std::sync::Arc;
@@ -79,6 +79,7 @@ impl FileStorage {
         let _writer = self.writable()?;
         let snapshot = self.reading()?;
         let old_end = snapshot.end();
+        self.check_end(&snapshot)?;
         let mut named = Vec::new();
         let result = self.append(&snapshot, &mut voted, &mut named);
         let placed = result.inspect_err(|error| self.fail(&snapshot, old_end, &named, error))?;
@@ -92,7 +93,8 @@ impl FileStorage {
             return Ok(false);
         }
         for (index, placed) in placed.into_iter().enumerate() {
-            snapshot.note(placed.tid, placed.start);
+            // Before the end moves: whoever sees the new end knows the order up to it.
+            snapshot.note_appended(placed.tid, placed.start);
             for (oid, pos) in placed.positions {
                 snapshot.index.insert(oid, pos);
             }
@@ -196,7 +198,9 @@ impl FileStorage {
 }
 
 pub(super) fn now() -> Tid {
-    Tid::from_unix(SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64()))
+    let seconds = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64());
+    // A clock that no tid can tell: one above the last.
+    Tid::from_unix(seconds).unwrap_or(Tid::ZERO)
 }
 
 /// Bytes on their way to the end of the file.

@@ -5,7 +5,7 @@ use std::io::{self, Write};
 use std::path::Path;
 
 use super::file::{OsFile, StorageFile};
-use super::format::{DATA_HEADER_LEN, DataHeader, FIRST_TXN, status};
+use super::format::{DATA_HEADER_LEN, DataHeader, FIRST_TXN, TXN_HEADER_LEN, TxnHeader, status};
 use super::walk::Walk;
 use super::window::Window;
 use crate::ids::Tid;
@@ -13,7 +13,8 @@ use crate::pickle::class_of::class_of;
 use crate::storage::transform::untransform;
 use crate::storage::{Result, StorageError};
 
-/// Writes the content of the data file at `path` to `out`. A transaction at the end that was not finished is left out.
+/// Writes the content of the data file at `path` to `out`. A transaction at the end that was not finished (status `c`, or
+/// longer than the file) is left out; one with a status that means nothing is listed.
 ///
 /// Errors: `Corrupted` at the first damage (what is before it has been written), `Io`.
 pub fn dump(path: &Path, out: &mut dyn Write) -> Result<()> {
@@ -24,10 +25,10 @@ pub fn dump(path: &Path, out: &mut dyn Write) -> Result<()> {
     if !super::scan::check_magic(&file, &name)? {
         return Ok(());
     }
-    let mut walk = Walk::new(&file, &name, FIRST_TXN, size, false);
+    let mut walk = Walk::new(&file, &name, FIRST_TXN, size, false).with_any_status();
     let mut window = Window::new(&file, &name);
     let mut number = 0;
-    while let Some(txn) = walk.next_txn().or_else(unfinished)? {
+    while let Some(txn) = walk.next_txn().or_else(|error| unfinished(&file, &name, size, error))? {
         if txn.header.status == status::UNDONE {
             continue;
         }
@@ -71,15 +72,34 @@ pub fn dump(path: &Path, out: &mut dyn Write) -> Result<()> {
     Ok(())
 }
 
-/// Damage where a transaction should begin is the end, as in a file that is being written to.
-fn unfinished<T>(error: StorageError) -> Result<Option<T>> {
-    match error {
-        StorageError::Corrupted { pos, what, .. } => {
-            tracing::warn!("{what} at {pos}: not listed from here on");
-            Ok(None)
-        }
-        other => Err(other),
+/// What cannot be a transaction is the end if it can be one that is being written, or was when the machine stopped: its header
+/// is cut off, reaches beyond the file or says that it is not finished, and no whole transaction ends the file after it.
+fn unfinished<T>(file: &dyn StorageFile, name: &str, size: u64, error: StorageError) -> Result<Option<T>> {
+    let StorageError::Corrupted { pos, what, .. } = &error else { return Err(error) };
+    let failed = |e| StorageError::io(format!("cannot read {name}"), e);
+    let header_at = |pos| -> Result<Option<TxnHeader>> {
+        let mut bytes = [0; TXN_HEADER_LEN];
+        let n = file.read_at(&mut bytes, pos).map_err(failed)?;
+        Ok(TxnHeader::parse(bytes.get(..n).unwrap_or_default()))
+    };
+    let being_written = header_at(*pos)?.is_none_or(|header| {
+        let beyond = header.tlen >= header.full_len() && header.end(*pos).is_none_or(|end| end > size);
+        beyond || header.status == status::CHECKPOINT
+    });
+    let mut length = [0; 8];
+    let at = size.saturating_sub(8);
+    let n = file.read_at(&mut length, at).map_err(failed)?;
+    let tlen = u64::from_be_bytes(length);
+    let last = at.checked_sub(tlen).filter(|start| n == 8 && start > pos);
+    let whole_after = match last {
+        Some(start) => header_at(start)?.is_some_and(|header| header.tlen == tlen),
+        None => false,
+    };
+    if !being_written || whole_after {
+        return Err(error);
     }
+    tracing::warn!("{what} at {pos}: not finished, not listed");
+    Ok(None)
 }
 
 fn source_txn(file: &dyn StorageFile, name: &str, pos: u64) -> Result<String> {

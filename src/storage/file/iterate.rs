@@ -62,6 +62,7 @@ impl TxnIterator for Transactions {
             let records = Records {
                 ahead: self.ahead.clone(),
                 txn: pos,
+                first: pos + header.full_len(),
                 at: pos + header.full_len(),
                 end: pos + header.tlen,
             };
@@ -75,6 +76,7 @@ struct Records {
     ahead: ReadAhead,
     /// Position of the transaction.
     txn: u64,
+    first: u64,
     at: u64,
     /// End of its records.
     end: u64,
@@ -110,6 +112,14 @@ impl RecordIterator for Records {
         };
         self.at = next;
         Ok(Some(RecordInfo { oid: header.oid, tid: header.tid, data, data_txn }))
+    }
+
+    /// Of the same file at the same position: a pack meanwhile, or tids that are there twice, make no difference.
+    fn again(&self) -> Option<Box<dyn RecordIterator>> {
+        // Without the piece, which would be kept for as long as this is.
+        let ahead = ReadAhead { snapshot: self.ahead.snapshot.clone(), piece: Bytes::new(), start: 0 };
+        let Self { txn, first, end, .. } = *self;
+        Some(Box::new(Self { ahead, txn, first, at: first, end }))
     }
 }
 

@@ -10,11 +10,21 @@ use std::path::Path;
 
 use super::file::{StorageFile, try_flock};
 use super::index_file::beside;
-use crate::storage::{Result, StorageError};
+use crate::storage::{Owner, Result, StorageError};
 
-/// The held NAME.lock; released when dropped.
+/// The held NAME.lock; released when dropped by the process that took it.
 pub(super) struct LockFile {
     file: File,
+    owner: Owner,
+}
+
+impl Drop for LockFile {
+    fn drop(&mut self) {
+        // Explicitly: a child that lives on has the descriptor, too, and would keep the file locked.
+        if self.owner.is_here() {
+            let _ = rustix::fs::flock(&self.file, rustix::fs::FlockOperation::Unlock);
+        }
+    }
 }
 
 impl LockFile {
@@ -25,7 +35,7 @@ impl LockFile {
         let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&name);
         let file = file.map_err(failed)?;
         if try_flock(&file).map_err(failed)? {
-            return Ok(Self { file });
+            return Ok(Self { file, owner: Owner::here() });
         }
         let mut text = String::new();
         let _ = (&file).take(64).read_to_string(&mut text);

@@ -59,7 +59,7 @@ pub use self::snapshot::Snapshot;
 use self::space::Space;
 use crate::ids::{Oid, Tid};
 use crate::storage::blob::{BlobDir, FileNames};
-use crate::storage::{Result, StorageError};
+use crate::storage::{Owner, Result, StorageError};
 
 /// How to open a [`FileStorage`]; ZODB's constructor arguments.
 #[derive(Clone, Debug)]
@@ -103,6 +103,8 @@ pub struct Packed {
 
 /// A ZODB FileStorage.
 pub struct FileStorage {
+    /// Its children have it, too, and may only read.
+    owner: Owner,
     /// As it was given.
     name: String,
     /// Absolute, whatever the current directory becomes.
@@ -184,6 +186,7 @@ impl FileStorage {
         sync: &mut dyn FnMut() -> Result<()>,
     ) -> Result<()> {
         let _writer = self.writable()?;
+        self.check_end(&self.current.load())?;
         let failed = |e| StorageError::io("cannot lock the packed file", e);
         if lock(&self.lock).is_some() && !packed.file.try_lock().map_err(failed)? {
             return Err(StorageError::Locked(format!(
@@ -203,6 +206,7 @@ impl FileStorage {
 
     /// Saves the index, unless the saved one is of this moment already. Commits go on meanwhile.
     pub(crate) fn save_index(&self) -> Result<()> {
+        self.check_process()?;
         let mut saved = lock(&self.saved_index);
         let snapshot = self.snapshot();
         let same =
@@ -217,7 +221,14 @@ impl FileStorage {
     }
 
     /// Saves the index, gives back reserved space and oids, releases the locks. Loads fail from here on.
+    ///
+    /// In a child of the process that opened it only that: file and locks are the parent's.
     pub(crate) fn close_files(&self) -> Result<()> {
+        if !self.owner.is_here() {
+            // No lock: whoever held it at the fork is not here to give it back.
+            self.closed.store(true, Ordering::Release);
+            return Ok(());
+        }
         let _writer = lock(&self.writer);
         if self.closed.swap(true, Ordering::AcqRel) || self.options.read_only {
             return Ok(());
@@ -226,6 +237,7 @@ impl FileStorage {
         let end = snapshot.end();
         if self.space.is_reserved_beyond(end)
             && self.failed.get().is_none()
+            && snapshot.file.len().is_ok_and(|len| len == end)
             && let Err(e) = snapshot.file.set_len(end)
         {
             tracing::warn!("cannot give back reserved space: {e}");
@@ -256,13 +268,43 @@ impl FileStorage {
     }
 
     /// That writing is possible. Waits for nothing.
-    fn check_writable(&self) -> Result<()> {
+    pub fn check_writable(&self) -> Result<()> {
+        self.check_process()?;
         match self.failed.get() {
             _ if self.options.read_only => Err(StorageError::ReadOnly),
             _ if self.closed.load(Ordering::Acquire) => Err(StorageError::Closed),
             Some(error) => Err(StorageError::PreviousIo(error.clone())),
             None => Ok(()),
         }
+    }
+}
+
+impl FileStorage {
+    /// That this is the process that opened the file. Costs a `getpid`.
+    fn check_process(&self) -> Result<()> {
+        match self.owner.is_here() {
+            true => Ok(()),
+            false => {
+                Err(StorageError::Forked { path: self.path.display().to_string(), owner: self.owner.pid() })
+            }
+        }
+    }
+
+    /// That the file ends where it was left: somebody who wrote to it (locks are advice) would be overwritten, or a hole
+    /// would come before what is appended. Otherwise the storage takes no more writes. Costs an `lseek`.
+    fn check_end(&self, snapshot: &Snapshot) -> Result<()> {
+        let len = snapshot.file.len().map_err(|e| snapshot.io(e))?;
+        let end = snapshot.end();
+        if len == end {
+            return Ok(());
+        }
+        let text = format!(
+            "{} has {len} bytes and was left with {end}: another process has written to it, check it with `zeo-rs check`",
+            self.path.display()
+        );
+        tracing::error!("no more writes: {text}");
+        let _ = self.failed.set(text.clone());
+        Err(StorageError::PreviousIo(text))
     }
 }
 

@@ -21,7 +21,7 @@ use super::space::Space;
 use super::{FileStorage, FileStorageOptions, index_file};
 use crate::ids::Tid;
 use crate::storage::blob::{BlobDir, FileNames, OsFileNames};
-use crate::storage::{Result, StorageError};
+use crate::storage::{Owner, Result, StorageError};
 
 /// An opening that read more than this without an index saves one.
 const WORTH_SAVING: u64 = 16 << 20;
@@ -89,7 +89,7 @@ impl FileStorage {
         let saved = options.stop.is_none().then(|| usable_index(&path, &*file)).flatten();
         let used_index = saved.is_some();
         let (index, start, last_tid) = saved.unwrap_or_else(|| (Index::new(), FIRST_TXN, Tid::ZERO));
-        let mut samples = Samples::default();
+        let mut samples = if used_index { Samples::after(start, last_tid) } else { Samples::default() };
         let range = Range { start, last_tid, stop: options.stop };
         let Scanned { end, last_tid, tail } = scan(&*file, &name, range, &index, &mut samples)?;
         match tail {
@@ -107,13 +107,23 @@ impl FileStorage {
         }
         warn_of_the_future(&name, last_tid);
         let blobs = match &options.blob_dir {
-            Some(dir) => Some(Arc::new(BlobDir::open_with(operations.clone(), dir, writes)?)),
+            Some(dir) => {
+                let dir = BlobDir::open_with(operations.clone(), dir, writes)?;
+                // Whoever had unfinished blobs here held the lock, and is gone.
+                if lock.is_some()
+                    && let Err(e) = dir.clean_temp()
+                {
+                    tracing::warn!("{e}");
+                }
+                Some(Arc::new(dir))
+            }
             None => None,
         };
         let oids = OidSupply::open(&path, index.max_oid());
         let snapshot = Arc::new(Snapshot::new(file, index, end, samples, name));
         let saved_index = used_index.then(|| (Arc::downgrade(&snapshot), start));
         let storage = Self {
+            owner: Owner::here(),
             name: given.display().to_string(),
             path,
             options,

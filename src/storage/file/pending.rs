@@ -17,7 +17,8 @@ use crate::ids::{Oid, Tid};
 use crate::limits::MAX_TXN_METADATA;
 use crate::storage::blob::BlobDir;
 use crate::storage::{
-    Conflict, ConflictResolver, Op, Resolution, Result, StagedData, StorageError, TxnMeta, VotedTxn,
+    Conflict, ConflictResolver, Op, Resolution, Result, SpillFile, StagedData, StorageError, TxnMeta,
+    VotedTxn,
 };
 
 /// A transaction between `begin` and `vote`. Dropping it forgets it; blob files given to it stay where they are.
@@ -35,7 +36,20 @@ pub struct Pending {
     pub(super) blobs: Vec<NewBlob>,
     /// Length in the file.
     pub(super) len: u64,
+    spill: Option<Box<Spill>>,
 }
+
+/// Data of a transaction that do not stay in memory.
+struct Spill {
+    file: Arc<SpillFile>,
+    /// How far they have been moved: records, and their length.
+    records: usize,
+    len: u64,
+}
+
+/// An in-process transaction keeps so much in memory; beyond it goes to a file without a name, [`SPILL_BATCH`] at a time.
+const SPILL_AT: u64 = 16 << 20;
+const SPILL_BATCH: u64 = 4 << 20;
 
 pub(super) struct NewRecord {
     pub(super) oid: Oid,
@@ -197,7 +211,45 @@ impl FileStorage {
             resolved: Vec::new(),
             blobs: Vec::new(),
             len: len as u64,
+            spill: None,
         })
+    }
+
+    /// Whether a transaction has more in memory than it should. Costs nothing.
+    pub fn is_large(&self, txn: &Pending) -> bool {
+        match &txn.spill {
+            None => txn.len > SPILL_AT,
+            Some(spill) => txn.len - spill.len > SPILL_BATCH,
+        }
+    }
+
+    /// Moves the data of its records to a temporary file beside the data file. (A server has done so before, with limits of
+    /// its own.)
+    ///
+    /// Errors: `Io`, most likely a full disk: the transaction can only be given up.
+    pub fn spill(&self, txn: &mut Pending) -> Result<()> {
+        // A child would write into its parent's file.
+        self.check_process()?;
+        let spill = match &mut txn.spill {
+            Some(spill) => spill,
+            none => {
+                let directory = self.path.parent().unwrap_or(Path::new("/"));
+                let file = Arc::new(SpillFile::create(directory)?);
+                none.insert(Box::new(Spill { file, records: 0, len: 0 }))
+            }
+        };
+        let mut records: Vec<&mut StagedData> = Vec::new();
+        for record in txn.records.iter_mut().skip(spill.records) {
+            if let Body::Data(data @ StagedData::Memory(_)) = &mut record.body {
+                records.push(data);
+            }
+        }
+        let data: Vec<Bytes> = records.iter().map(|data| data.to_bytes()).collect::<Result<_>>()?;
+        for (record, place) in records.into_iter().zip(spill.file.append(&data)?) {
+            *record = place;
+        }
+        (spill.records, spill.len) = (txn.records.len(), txn.len);
+        Ok(())
     }
 
     /// Checks one operation and adds what it writes. After an error the transaction can only be given up.
@@ -341,6 +393,10 @@ impl FileStorage {
     /// Removes blob files that were given to a transaction and not taken over: after a vote that failed they are where
     /// they were. Those that are not there are fine.
     pub fn discard_blob_files(&self, files: &[PathBuf]) {
+        if !self.owner.is_here() {
+            // Of a transaction that the parent may still commit.
+            return;
+        }
         files.iter().for_each(|path| remove_quietly(path));
     }
 }

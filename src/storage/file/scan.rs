@@ -114,7 +114,7 @@ pub(super) fn scan(
             tracing::warn!("{name}: tid {} at {pos} is not above its predecessor {last_tid}", header.tid);
             samples.set_disordered();
         }
-        samples.note(header.tid, pos);
+        samples.append(header.tid, pos);
         last_tid = header.tid;
         scan.merge(pos);
         pos = end;

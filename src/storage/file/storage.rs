@@ -168,6 +168,7 @@ impl Storage for FileStorage {
         if self.options.read_only {
             return Err(StorageError::ReadOnly);
         }
+        self.check_process()?;
         drop(self.reading()?);
         self.oids.take(count)
     }

@@ -3,20 +3,32 @@
 //! Transactions are chained both ways by their two lengths. A tid is looked for between the two nearest samples, from
 //! both sides at once, so that finding one costs at most twice the way from the nearer side.
 
-use std::sync::PoisonError;
+use std::sync::{MutexGuard, PoisonError};
 
 use super::file::Reader;
-use super::format::{DATA_HEADER_LEN, DataHeader, FIRST_TXN, TxnHeader, status};
+use super::format::{DATA_HEADER_LEN, DataHeader, FIRST_TXN, TXN_HEADER_LEN, TxnHeader, status};
+use super::samples::{Order, Samples};
 use super::snapshot::Snapshot;
 use crate::ids::{Oid, Tid};
 use crate::storage::{Result, StorageError, UndoEntry};
 
 /// Enough for a transaction header, or the headers of many small records.
 const SMALL_READ: usize = 64 << 10;
+/// Read at a time where only transaction headers are looked at.
+const HEADER_READ: usize = 8 << 10;
 
 impl Snapshot {
-    pub(super) fn note(&self, tid: Tid, pos: u64) {
-        self.samples.lock().unwrap_or_else(PoisonError::into_inner).note(tid, pos);
+    fn samples(&self) -> MutexGuard<'_, Samples> {
+        self.samples.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn note(&self, tid: Tid, pos: u64) {
+        self.samples().note(tid, pos);
+    }
+
+    /// A transaction comes behind all before.
+    pub(super) fn note_appended(&self, tid: Tid, pos: u64) {
+        self.samples().append(tid, pos);
     }
 
     /// Position after the transaction at `pos`, checked against `end`.
@@ -44,17 +56,35 @@ impl Snapshot {
         }
     }
 
-    /// Position of the first transaction with tid >= `tid`; the end if there is none. Where tids do not ascend, the first
-    /// in file order.
+    /// Position of the first transaction, in file order, with tid >= `tid`; the end if there is none. Where tids do not ascend,
+    /// smaller ones may follow it, but none that is not is before it.
+    ///
+    /// Cost: see [`Self::search`]; where tids do not ascend a walk from the start. Once after an opening with an index
+    /// [`Self::ascends`].
     pub(crate) fn first_from(&self, tid: Tid) -> Result<u64> {
         let end = self.end();
-        let (disordered, (low, high)) = {
-            let samples = self.samples.lock().unwrap_or_else(PoisonError::into_inner);
-            // The sample below must be strictly below, so that the one looked for is not before it.
-            (samples.is_disordered(), samples.around(Tid(tid.0.saturating_sub(1))))
-        };
+        if self.ascends()? {
+            return self.search(tid, end);
+        }
+        let mut reader = Reader::new(&*self.file, HEADER_READ);
+        let mut at = FIRST_TXN;
+        while at < end {
+            let header = self.header_in(&mut reader, at)?;
+            if header.tid >= tid {
+                return Ok(at);
+            }
+            at = self.txn_end(at, &header, end)?;
+        }
+        Ok(end)
+    }
+
+    /// As [`Self::first_from`] where tids ascend; elsewhere the answer is some transaction's position, or the end.
+    fn search(&self, tid: Tid, end: u64) -> Result<u64> {
+        // The sample below must be strictly below, so that the one looked for is not before it.
+        let (low, high) = self.samples().around(Tid(tid.0.saturating_sub(1)));
         // Invariant: transactions before `low` have smaller tids; `high` is the end, or has a tid that is not smaller.
-        let (mut low, mut high) = (low.unwrap_or(FIRST_TXN), high.unwrap_or(end));
+        // A sample may be of a transaction that was appended after `end` was asked.
+        let (mut low, mut high) = (low.unwrap_or(FIRST_TXN), high.unwrap_or(end).min(end));
         while low < high {
             let header = self.txn_header(low)?;
             if header.tid >= tid {
@@ -62,9 +92,6 @@ impl Snapshot {
             }
             self.note(header.tid, low);
             low = self.txn_end(low, &header, end)?;
-            if disordered {
-                continue;
-            }
             match self.txn_before(high)? {
                 Some((pos, header)) if header.tid >= tid => {
                     self.note(header.tid, pos);
@@ -76,26 +103,66 @@ impl Snapshot {
         Ok(high)
     }
 
-    /// The transaction `tid`.
+    /// Whether each tid is greater than the one before. What an index file covered at the opening is walked over when this
+    /// is first asked: one read a transaction, or for each [`HEADER_READ`] bytes of smaller ones.
+    fn ascends(&self) -> Result<bool> {
+        let order = self.samples().order();
+        let unknown_below = match order {
+            Order::Ascending => return Ok(true),
+            Order::Broken => return Ok(false),
+            Order::UnknownBelow(pos) => pos,
+        };
+        let mut reader = Reader::new(&*self.file, HEADER_READ);
+        let (mut at, mut last) = (FIRST_TXN, Tid::ZERO);
+        while at < unknown_below {
+            let header = self.header_in(&mut reader, at)?;
+            if header.tid <= last {
+                tracing::warn!(
+                    "{}: tid {} at {at} is not above its predecessor {last}",
+                    self.name(),
+                    header.tid
+                );
+                self.samples().set_disordered();
+                return Ok(false);
+            }
+            self.note(header.tid, at);
+            last = header.tid;
+            at = self.txn_end(at, &header, unknown_below)?;
+        }
+        let mut samples = self.samples();
+        samples.set_ascending();
+        Ok(samples.order() == Order::Ascending)
+    }
+
+    fn header_in(&self, reader: &mut Reader<'_>, at: u64) -> Result<TxnHeader> {
+        let bytes = reader.bytes(at, TXN_HEADER_LEN).map_err(|e| self.io(e))?;
+        TxnHeader::parse(bytes).ok_or_else(|| self.corrupted(at, "transaction header beyond the end"))
+    }
+
+    /// The transaction `tid`. One that is found by order is the one, whatever the order; only "there is none" needs it.
     pub(crate) fn find_txn(&self, tid: Tid) -> Result<Option<(u64, TxnHeader)>> {
         let end = self.end();
-        let disordered = self.samples.lock().unwrap_or_else(PoisonError::into_inner).is_disordered();
-        if disordered {
-            let mut at = end;
-            while let Some((pos, header)) = self.txn_before(at)? {
+        let order = self.samples().order();
+        if order != Order::Broken {
+            let pos = self.search(tid, end)?;
+            if pos < end {
+                let header = self.txn_header(pos)?;
                 if header.tid == tid {
                     return Ok(Some((pos, header)));
                 }
-                at = pos;
             }
-            return Ok(None);
+            if self.ascends()? {
+                return Ok(None);
+            }
         }
-        let pos = self.first_from(tid)?;
-        if pos >= end {
-            return Ok(None);
+        let mut at = end;
+        while let Some((pos, header)) = self.txn_before(at)? {
+            if header.tid == tid {
+                return Ok(Some((pos, header)));
+            }
+            at = pos;
         }
-        let header = self.txn_header(pos)?;
-        Ok((header.tid == tid).then_some((pos, header)))
+        Ok(None)
     }
 
     /// Headers of the records of the transaction at `pos`, in file order, with their positions.

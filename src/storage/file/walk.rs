@@ -25,6 +25,7 @@ pub(super) struct Walk<'a> {
     pos: u64,
     txn_end: u64,
     last_tid: Option<Tid>,
+    any_status: bool,
     large: Vec<u8>,
 }
 
@@ -57,8 +58,14 @@ impl<'a> Walk<'a> {
             pos: from,
             txn_end: from,
             last_tid,
+            any_status: false,
             large: vec![],
         }
+    }
+
+    /// Takes transactions with a status that means nothing, as ZODB's iterators do; not unfinished ones.
+    pub(super) fn with_any_status(self) -> Self {
+        Self { any_status: true, ..self }
     }
 
     /// The next transaction; what is left of the current one is skipped unchecked.
@@ -74,7 +81,8 @@ impl<'a> Walk<'a> {
         if self.last_tid.is_some_and(|last| header.tid <= last) {
             return Err(self.corrupted(pos, format!("tid {} is not after the one before", header.tid)));
         }
-        if !matches!(header.status, status::NORMAL | status::PACKED | status::UNDONE) {
+        let known = matches!(header.status, status::NORMAL | status::PACKED | status::UNDONE);
+        if !known && (!self.any_status || header.status == status::CHECKPOINT) {
             return Err(
                 self.corrupted(pos, format!("transaction has status {:?}", char::from(header.status)))
             );

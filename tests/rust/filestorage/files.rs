@@ -164,7 +164,7 @@ fn tids_ascend_whatever_the_clock_says() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("Data.fs");
     let storage = FileStorage::open(&path, FileStorageOptions::default()).unwrap();
-    let future = Tid::from_unix(4e9);
+    let future = Tid::from_unix(4e9).unwrap();
     let txn = StagedTxn { tid: Some(future), ops: vec![store(1, Tid::ZERO, "x")], ..Default::default() };
     let Ok(VoteOutcome::Ready(voted)) = storage.vote(txn, &NoResolution) else { panic!() };
     storage.finish(vec![voted], &mut |_| ()).unwrap();

@@ -230,7 +230,7 @@ pub(crate) fn run(storage: &FileStorage, model: &mut Model, step: &Step) -> Resu
                 ops.retain(|(oid, _)| !taken.contains(oid));
                 taken.extend(ops.iter().map(|(oid, _)| *oid));
                 // Restored records say their own tid, so it must be known: every transaction of the group gets one.
-                tid = Tid::from_unix(1.7e9).later_than(tid);
+                tid = Tid::from_unix(1.7e9).unwrap().later_than(tid);
                 for (_, op) in &mut ops {
                     if let Op::Restore { serial, .. } = op {
                         *serial = tid;

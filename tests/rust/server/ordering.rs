@@ -277,7 +277,7 @@ fn commits_below_the_storage_are_announced_in_order() {
     a.vote(1).unwrap();
     let id = a.send(&Call::TpcFinish { txn: Value::Int(1) }, false);
     storage.finishes.wait_for(1);
-    let future = Tid(Tid::from_unix(4e9).0);
+    let future = Tid::from_unix(4e9).unwrap();
     for tid in [Tid(6), future] {
         below.invalidate(tid, vec![Oid(6)]);
     }
@@ -339,7 +339,7 @@ fn missed_invalidations_are_answered_from_the_queue() {
     assert_eq!(get(&mut peer, tids[2]), Value::Tuple(vec![tids[3].into(), Value::oids(&[Oid(4)])]));
     let old = get(&mut peer, tids[0]);
     assert_eq!(old, Value::Tuple(vec![tids[3].into(), Value::oids(&[Oid(2), Oid(3), Oid(4)])]));
-    assert_eq!(get(&mut peer, Tid::from_unix(1.0)), Value::None);
+    assert_eq!(get(&mut peer, Tid::from_unix(1.0).unwrap()), Value::None);
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! Passes 2 and 3 of a check: what records say, and what lies beside the data file.
 
 use super::super::file::Reader;
-use super::super::format::{DATA_HEADER_LEN, DataHeader, TXN_HEADER_LEN, TxnHeader, status};
+use super::super::format::{DATA_HEADER_LEN, DataHeader, FIRST_TXN, TXN_HEADER_LEN, TxnHeader, status};
 use super::super::index_file;
 use super::super::scan::check_index;
 use super::super::window::Window;
@@ -36,14 +36,12 @@ impl Check<'_, '_> {
                     };
                     let Some(after) = record.end(at).filter(|&after| after <= end) else { break };
                     let current = self.index.get(record.oid) == Some(at);
-                    if current || self.blobs.is_some() {
-                        // Damaged back-pointers have been reported.
-                        let data = window.data(at, true);
-                        if let Ok(Some((_, data))) = data {
-                            self.record_data(at, &header, &record, data, current, &mut oids)?;
-                        } else if let Err(e @ StorageError::Io { .. }) = data {
-                            return Err(e);
-                        }
+                    // Damaged back-pointers have been reported.
+                    let data = window.data(at, true);
+                    if let Ok(Some((_, data))) = data {
+                        self.record_data(at, &header, &record, data, current, &mut oids)?;
+                    } else if let Err(e @ StorageError::Io { .. }) = data {
+                        return Err(e);
                     }
                     self.pace.advance(after - at, 1)?;
                     at = after;
@@ -64,6 +62,7 @@ impl Check<'_, '_> {
         oids: &mut Vec<Oid>,
     ) -> Result<()> {
         let place = |what: String| (at, Some(txn.tid), Some(record.oid), what);
+        let mut odd = None;
         let mut faults = Vec::new();
         if let Some(blobs) = self.blobs
             && untransform(data).is_ok_and(|data| is_blob_record(&data))
@@ -79,11 +78,14 @@ impl Check<'_, '_> {
                 Err(e) => return Err(e),
             }
         }
-        if let Some(references) = self.references
-            && current
-        {
+        if let Some(references) = self.references {
             oids.clear();
             match references.references(data, oids) {
+                // What older revisions refer to may be gone.
+                Ok(()) if !current => {}
+                Err(e) if !current => {
+                    odd = Some(format!("data of a revision that is not current cannot be read: {e}"))
+                }
                 Ok(()) => {
                     oids.sort_unstable();
                     oids.dedup();
@@ -98,6 +100,9 @@ impl Check<'_, '_> {
         }
         for (pos, tid, oid, what) in faults {
             self.fault(Severity::Error, pos, tid, oid, what);
+        }
+        if let Some(what) = odd {
+            self.fault(Severity::Warning, at, Some(txn.tid), Some(record.oid), what);
         }
         Ok(())
     }
@@ -123,7 +128,8 @@ impl Check<'_, '_> {
     /// Pass 3: an index that would be used must be right.
     pub(super) fn index_file(&mut self) -> Result<()> {
         let Some((saved, end)) = index_file::load(self.path) else { return Ok(()) };
-        if saved.is_empty() && self.index.is_empty() {
+        // Saved while there was nothing: opening scans, and nothing is wrong with that.
+        if end <= FIRST_TXN || saved.is_empty() && self.index.is_empty() {
             return Ok(());
         }
         let usable = check_index(self.file, &saved, end).map_err(|e| self.unreadable(e))?;

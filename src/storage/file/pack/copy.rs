@@ -231,7 +231,7 @@ impl<'a> Copier<'a> {
 
     /// Begins a transaction; its length follows in [`Self::finish`].
     fn begin(&mut self, walk: &mut Walk<'_>, txn: &TxnAt, status: u8) -> Result<()> {
-        self.samples.note(txn.header.tid, self.out.pos());
+        self.samples.append(txn.header.tid, self.out.pos());
         self.out.write(&TxnHeader { status, tlen: 0, ..txn.header }.encode())?;
         self.out.write(walk.meta(txn)?)
     }

@@ -43,6 +43,8 @@ impl FileStorage {
         self.check_writable()?;
         let _packing = self.start_packing()?;
         let files = Files::of(self.operations.clone(), &self.path);
+        // Their blocks are given back after the switch, not while writers wait for it.
+        let _previous = (self.snapshot(), self.keep_open(&files.old));
         let answer = packer().inspect_err(|_| self.discard(&files));
         let Some(size) = answer? else {
             self.discard(&files);

@@ -74,7 +74,7 @@ impl FileStorage {
     /// See [`crate::storage::Storage::pack`].
     pub(super) fn pack_file(&self, options: PackOptions<'_>, whole: &dyn WholeStorageLock) -> Result<()> {
         self.check_writable()?;
-        let stop = Tid::from_unix(options.time);
+        let stop = options.stop()?;
         if stop == Tid::ZERO {
             return Err(StorageError::Invalid("Invalid pack time".into()));
         }
@@ -192,6 +192,7 @@ impl FileStorage {
     ) -> Result<Outcome> {
         let mut copied = pack_pos;
         let (mut rounds, mut synced) = (0, 0);
+        let _old = self.keep_open(&job.files.old);
         loop {
             let end = job.snapshot.end();
             if end - copied > LITTLE && rounds < ROUNDS {
@@ -201,32 +202,37 @@ impl FileStorage {
                 copied = end;
                 rounds += 1;
                 pace.enter("catch up", 0, 0)?;
+                continue;
             } else if synced < copied {
                 // Takes long the first time; what is committed meanwhile is the next round.
                 copier.out.sync()?;
                 synced = copied;
-            } else {
-                break;
+                continue;
             }
+            pace.enter("switch", 0, 0)?;
+            pace.set_silent(true);
+            let mut result = Err(StorageError::Transaction("the storage was not held for the switch".into()));
+            job.whole.with_whole_storage(&mut || {
+                // What the lock was waited for may have been a large transaction: it is not copied now.
+                let much = job.snapshot.end() - copied > LITTLE && rounds < ROUNDS;
+                result = match much {
+                    true => Ok(None),
+                    false => self.switch_to(job, &mut copier, copied, missing, removals, pace).map(Some),
+                };
+            });
+            pace.set_silent(false);
+            if let Some(outcome) = result? {
+                return Ok(outcome);
+            }
+            pace.enter("catch up", 0, 0)?;
         }
-        pace.enter("switch", 0, 0)?;
-        pace.set_silent(true);
-        let mut copier = Some(copier);
-        let mut result = Err(StorageError::Transaction("the storage was not held for the switch".into()));
-        job.whole.with_whole_storage(&mut || {
-            if let Some(copier) = copier.take() {
-                result = self.switch_to(job, copier, copied, missing, removals, pace);
-            }
-        });
-        pace.set_silent(false);
-        result
     }
 
     /// With the whole storage held.
     fn switch_to(
         &self,
         job: &Job<'_>,
-        mut copier: Copier<'_>,
+        copier: &mut Copier<'_>,
         copied: u64,
         missing: Option<&Missing<'_>>,
         removals: Option<&Removals<'_>>,
@@ -236,8 +242,12 @@ impl FileStorage {
             return Ok(Outcome::Missed(oid));
         }
         copier.out.sync()?;
-        let Copier { out, index, samples, .. } = copier;
-        let packed = Packed { file: out.file().clone(), index, samples, end: out.pos() };
+        let packed = Packed {
+            file: copier.out.file().clone(),
+            index: std::mem::take(&mut copier.index),
+            samples: std::mem::take(&mut copier.samples),
+            end: copier.out.pos(),
+        };
         let mut rename = || job.files.put_in_place(self.options.pack_keep_old, &mut |_| {});
         self.switch(packed, &mut rename, &mut || job.files.sync())?;
         if let Some(removals) = removals
@@ -246,6 +256,12 @@ impl FileStorage {
             tracing::warn!("{e}: blob files that are no longer needed stay");
         }
         Ok(Outcome::Done)
+    }
+
+    /// NAME.old as it is before the switch. While somebody has it open, removing its name takes no time, whatever its size:
+    /// the blocks of many gigabytes are given back when this is dropped, after the switch.
+    fn keep_open(&self, old: &Path) -> Option<File> {
+        File::open(old).ok().filter(|_| self.options.pack_keep_old)
     }
 
     fn create_packed(&self, files: &Files) -> Result<Arc<dyn StorageFile>> {
