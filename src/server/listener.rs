@@ -14,7 +14,7 @@ use tokio_util::task::TaskTracker;
 
 use super::admin;
 use super::connection::serve;
-use super::hub::{Hub, HubOptions};
+use super::hub::{Hub, HubOptions, MAX_SLOW_JOBS};
 use super::socket::Socket;
 use super::sockets::{self, Acceptor, Listener};
 use super::{ServerConfig, Shared, locks::LockHolder};
@@ -22,6 +22,9 @@ use crate::ids::Tid;
 use crate::net::tls::{ServerTls, TlsError};
 use crate::net::{Address, activation};
 use crate::storage::{Storage, StorageError};
+
+/// Worker threads of the storages in Rust (tokio's default).
+const MAX_BLOCKING: usize = 512;
 
 /// Why a server could not be started or stopped.
 #[derive(Debug, thiserror::Error)]
@@ -204,7 +207,10 @@ impl Server {
 
     fn runtime(&self) -> Result<Runtime, ServerError> {
         let cores = || std::thread::available_parallelism().map_or(2, usize::from).max(2);
+        // Storages that hang do not take the threads of the others.
+        let slow = self.shared.hubs.iter().filter(|hub| hub.capabilities.slow_calls).count();
         tokio::runtime::Builder::new_multi_thread()
+            .max_blocking_threads(MAX_BLOCKING + slow * MAX_SLOW_JOBS)
             .worker_threads(self.shared.config.workers.unwrap_or_else(cores))
             .thread_name("zeo server worker")
             .enable_all()

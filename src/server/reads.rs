@@ -11,12 +11,15 @@ use crate::ids::{Oid, Tid};
 use crate::limits::MAX_NEW_OIDS;
 use crate::pickle::Value;
 use crate::storage::{
-    HistoryEntry, Loaded, NextRecord, PackOptions, PackProgress, Result, Storage, StorageError,
+    HistoryEntry, Loaded, NextRecord, PackOptions, Result, Storage, StorageError,
 };
 use crate::wire::{Fault, encode_loaded};
 
 /// Entries that `history` may be asked for at once.
 const MAX_HISTORY: i64 = 1 << 20;
+
+/// From 1900 on, as far as tids go.
+const PACK_TIMES: std::ops::RangeInclusive<f64> = -2_208_988_800.0..=250_000_000_000.0;
 
 impl Session {
     /// Cost, for a record in the page cache: the engine's index lookup and read, one copy into the output buffer.
@@ -188,6 +191,12 @@ impl Session {
 
     /// Packs on a worker thread. Everybody is told the new size; whoever waits gets the reply after that.
     pub(crate) fn pack(&mut self, hub: &Arc<Hub>, to: &mut ReplyTo, time: f64, wait: bool) -> Served {
+        if !(PACK_TIMES.contains(&time)) {
+            let text = format!("a pack's time is Unix time in seconds, up to the year 9890, not {time}");
+            return Err(Fault::value_error(text));
+        }
+        // What was current before 1970 is nothing.
+        let time = time.max(0.0);
         let waits = wait && !to.is_async;
         let worker_hub = Arc::clone(hub);
         let server = Arc::clone(&self.server);
@@ -195,24 +204,34 @@ impl Session {
         tracing::info!(client = %self.who(), storage = %hub.id, time, "pack started");
         let work = move || {
             let hub = worker_hub;
-            let switch_lock = super::locks::WholeStorage { locks: Arc::clone(&hub.locks), holder };
+            let switch_lock = super::locks::WholeStorage {
+                locks: Arc::clone(&hub.locks),
+                holder,
+                patience: hub.options.transaction_timeout,
+            };
+            // A second pack is refused by the engine, and has no progress to show.
+            let run = hub.pack.begin();
             let options = PackOptions {
                 time,
                 gc: None,
                 references: &*hub.options.references,
                 progress: &mut |progress| {
-                    hub.pack.set(Some(progress.clone()));
+                    if let Some(run) = &run {
+                        run.set(progress);
+                    }
                     !server.is_stopping()
                 },
                 throttle: None,
             };
-            hub.pack.set(Some(PackProgress::default()));
             let packed = hub.storage.pack(options, &switch_lock);
-            hub.pack.set(None);
+            drop(run);
             match &packed {
                 Ok(()) => {
                     tracing::info!(storage = %hub.id, "pack finished");
                     hub.broadcast_info();
+                }
+                Err(StorageError::Cancelled) => {
+                    tracing::info!(storage = %hub.id, "pack given up, because the server stops: the storage is as it was");
                 }
                 Err(error) => tracing::error!(storage = %hub.id, %error, "pack failed"),
             }

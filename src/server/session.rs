@@ -23,6 +23,7 @@ use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
 use tokio::runtime::Handle;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::Shared;
 use super::blobs::{BlobStream, Upload};
@@ -413,13 +414,19 @@ impl Session {
     ) {
         self.jobs += 1;
         let mailbox = Arc::clone(&self.mailbox);
-        self.runtime.spawn_blocking(move || match catch_unwind(AssertUnwindSafe(work)) {
+        self.on_worker(move || match catch_unwind(AssertUnwindSafe(work)) {
             Ok(done) => mailbox.post(Event::Continue(Box::new(move |session: &mut Self| {
                 session.jobs -= 1;
                 then(session, done);
             }))),
             Err(_) => mailbox.condemn("internal error: a worker thread panicked".into()),
         });
+    }
+
+    /// Runs `work` on a worker thread; of a storage with slow calls, when there is one left for it.
+    fn on_worker(&self, work: impl FnOnce() + Send + 'static) {
+        let places = self.registration.as_ref().and_then(|registration| registration.hub.slow_jobs.clone());
+        on_worker(&self.runtime, places, work);
     }
 
     /// As [`Self::background`]; no further request is served until it is done.
@@ -473,6 +480,7 @@ impl Session {
 
     /// Ends it: aborts, releases, removes from the lists. What may block is done on a worker thread.
     pub(crate) fn end(mut self) {
+        let places = self.registration.as_ref().and_then(|registration| registration.hub.slow_jobs.clone());
         if let Some(registration) = self.registration.take() {
             if self.txn.is_some() {
                 registration.hub.stats.active_txns.fetch_sub(1, Ordering::Relaxed);
@@ -482,8 +490,31 @@ impl Session {
         let unread = self.mailbox.close();
         let runtime = self.runtime.clone();
         if self.txn.is_some() || self.upload.is_some() || !unread.is_empty() || !self.events.is_empty() {
-            runtime.spawn_blocking(move || drop((unread, self)));
+            on_worker(&runtime, places, move || drop((unread, self)));
         }
+    }
+}
+
+/// Runs `work` on a thread that may block, when it gets one of `places`, if there is a choice of those.
+fn on_worker(runtime: &Handle, places: Option<Arc<Semaphore>>, work: impl FnOnce() + Send + 'static) {
+    let Some(places) = places else {
+        runtime.spawn_blocking(work);
+        return;
+    };
+    let holding = |place: OwnedSemaphorePermit| {
+        move || {
+            work();
+            drop(place);
+        }
+    };
+    match Arc::clone(&places).try_acquire_owned() {
+        Ok(place) => drop(runtime.spawn_blocking(holding(place))),
+        Err(_) => drop(runtime.spawn(async move {
+            // It is never closed.
+            if let Ok(place) = places.acquire_owned().await {
+                tokio::task::spawn_blocking(holding(place));
+            }
+        })),
     }
 }
 

@@ -20,7 +20,7 @@ use tokio::runtime::RuntimeFlavor;
 use super::commit::{FinishJob, Held};
 use super::fault;
 use super::hub::{Hub, count};
-use super::locks::{LockGuard, LockSet, News};
+use super::locks::{LockGuard, LockSet, News, OLD};
 use super::mailbox::Event;
 use super::session::{Outcome, ReplyTo, Served, Session, own};
 use super::staging::Staging;
@@ -253,6 +253,15 @@ impl Session {
             })));
         };
         let (locks, now) = hub.locks.request(&set, who.into(), wake);
+        if !now && set == LockSet::WholeStorage {
+            let watch = locks.watch(hub.options.transaction_timeout);
+            self.runtime.spawn(async move {
+                tokio::time::sleep(OLD).await;
+                while let Some(at) = watch.look() {
+                    tokio::time::sleep_until(at.into()).await;
+                }
+            });
+        }
         let to = to.take();
         if now {
             hub.stats.lock_wait_seconds.record(Duration::ZERO);

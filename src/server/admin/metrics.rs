@@ -83,8 +83,8 @@ impl Collector for Storages {
         families.gauge("longest_lock_age_seconds", "age of the oldest lock", |hub| {
             hub.locks.held_since().map_or(0.0, |since| since.elapsed().as_secs_f64())
         })?;
-        families.gauge("objects", "objects in the storage", |hub| hub.storage.object_count() as f64)?;
-        families.gauge("size_bytes", "size of the storage", |hub| hub.storage.size() as f64)?;
+        families.gauge("objects", "objects in the storage", |hub| hub.known_info().length as f64)?;
+        families.gauge("size_bytes", "size of the storage", |hub| hub.known_info().size as f64)?;
         families.gauge("last_transaction_time_seconds", "Unix time of the last transaction", |hub| {
             hub.registry().last_tid().to_unix()
         })?;
