@@ -31,6 +31,8 @@ pub(crate) struct Stats {
     pub(crate) stores: AtomicU64,
     pub(crate) commits: AtomicU64,
     pub(crate) aborts: AtomicU64,
+    /// Aborted because they held their locks for too long.
+    pub(crate) timeouts: AtomicU64,
     pub(crate) conflicts: AtomicU64,
     pub(crate) conflicts_resolved: AtomicU64,
     pub(crate) active_txns: AtomicU64,

@@ -17,7 +17,7 @@ use super::connection::serve;
 use super::hub::{Hub, HubOptions, MAX_SLOW_JOBS};
 use super::socket::Socket;
 use super::sockets::{self, Acceptor, Listener};
-use super::{ServerConfig, Shared, locks::LockHolder};
+use super::{Place, ServerConfig, Shared, locks::LockHolder};
 use crate::ids::Tid;
 use crate::net::tls::{ServerTls, TlsError};
 use crate::net::{Address, activation};
@@ -123,6 +123,10 @@ impl Server {
             };
             let hub = Hub::start(name.clone(), Arc::clone(storage), options);
             hubs.push(hub.map_err(|source| ServerError::Storage { name: name.clone(), source })?);
+        }
+        for hub in &hubs {
+            let read_only = config.read_only || hub.is_read_only;
+            tracing::info!(storage = %hub.id, name = %hub.name, read_only, "storage opened");
         }
         for address in &addresses {
             tracing::info!(%address, "listening");
@@ -305,22 +309,21 @@ async fn accept(
                 continue;
             }
         };
-        let limit = shared.config.max_connections;
-        if shared.open.fetch_add(1, Ordering::Relaxed) >= limit {
-            shared.open.fetch_sub(1, Ordering::Relaxed);
+        let Some(place) = Place::take(&shared) else {
+            let limit = shared.config.max_connections;
             if let Some(not_logged) = shared.refusals.spend(Instant::now()) {
                 tracing::warn!(client = %peer, limit, not_logged, "too many connections (max-connections), one refused");
             }
             continue;
-        }
+        };
         tracing::debug!(client = %peer, "connected");
         let (shared, stopped) = (Arc::clone(&shared), stopped.clone());
         connections.spawn(async move {
             match shared.config.tls.clone() {
-                None => serve(Arc::clone(&shared), socket, peer, stopped).await,
-                Some(tls) => Box::pin(serve_tls(Arc::clone(&shared), &tls, socket, peer, stopped)).await,
+                None => serve(shared, socket, peer, stopped).await,
+                Some(tls) => Box::pin(serve_tls(shared, &tls, socket, peer, stopped)).await,
             }
-            shared.open.fetch_sub(1, Ordering::Relaxed);
+            drop(place);
         });
     }
 }

@@ -201,7 +201,9 @@ impl Session {
         let worker_hub = Arc::clone(hub);
         let server = Arc::clone(&self.server);
         let holder: Arc<str> = format!("pack, asked by {}", self.who()).into();
-        tracing::info!(client = %self.who(), storage = %hub.id, time, "pack started");
+        if let Some(not_logged) = self.chatter.spend(Instant::now()) {
+            tracing::info!(client = %self.who(), storage = %hub.id, time, not_logged, "pack started");
+        }
         let work = move || {
             let hub = worker_hub;
             let switch_lock = super::locks::WholeStorage {
@@ -233,7 +235,11 @@ impl Session {
                 Err(StorageError::Cancelled) => {
                     tracing::info!(storage = %hub.id, "pack given up, because the server stops: the storage is as it was");
                 }
-                Err(error) => tracing::error!(storage = %hub.id, %error, "pack failed"),
+                Err(error) => {
+                    if let Some(not_logged) = server.refused_packs.spend(Instant::now()) {
+                        tracing::error!(storage = %hub.id, %error, not_logged, "pack failed");
+                    }
+                }
             }
             packed.map(|()| Value::None)
         };

@@ -29,9 +29,9 @@ use super::Shared;
 use super::blobs::{BlobStream, Upload};
 use super::cursors::{CursorCall, Cursors};
 use super::fault;
-use super::hub::{Hub, Registration};
+use super::hub::{Hub, Registration, count};
 use super::mailbox::{Event, Mailbox, Publication, StorageInfo};
-use super::slow::Operation;
+use super::slow::{Budget, Operation};
 use super::transaction::Transaction;
 use crate::ids::{Oid, Tid};
 use crate::pickle::Value;
@@ -44,6 +44,9 @@ use crate::wire::{
 const MAX_JOBS: usize = 16;
 /// With this much unsent output no further request of a client is served.
 pub(crate) const HIGH_WATER: usize = 1 << 20;
+
+/// Characters of a label.
+const MAX_LABEL: usize = 200;
 
 /// Where the answer of a call goes.
 #[derive(Debug)]
@@ -97,6 +100,8 @@ pub(crate) struct Session {
     /// The views of loads on worker threads, and what was published since the oldest of them.
     pub(crate) slow_loads: Vec<Tid>,
     pub(crate) published_meanwhile: VecDeque<Arc<Publication>>,
+    /// Lines that its calls can write without an end.
+    pub(crate) chatter: Budget,
     hold: usize,
     jobs: usize,
     events: VecDeque<Event>,
@@ -130,6 +135,7 @@ impl Session {
             cursor_calls: VecDeque::new(),
             slow_loads: Vec::new(),
             published_meanwhile: VecDeque::new(),
+            chatter: Budget::default(),
             hold: 0,
             jobs: 0,
             events: VecDeque::new(),
@@ -325,12 +331,23 @@ impl Session {
             Call::IteratorGc { iids } => self.cursor_call(hub, to, CursorCall::Forget { iids }),
             Call::ServerStatus => Ok(Outcome::Reply(super::status::value(hub))),
             Call::SetClientLabel { label } => {
-                tracing::info!(client = %self.peer, %label, "client label");
-                self.label = label;
-                self.mailbox.introduce(&self.label, self.read_only);
+                self.name(&label);
                 Ok(Outcome::Reply(Value::None))
             }
             Call::Register { .. } | Call::KeepAlive => Ok(Outcome::Reply(Value::None)),
+        }
+    }
+
+    /// Takes a label: shown to people, and in every line about this client, so it is short and one line.
+    fn name(&mut self, label: &str) {
+        let label = printable(label, MAX_LABEL);
+        if label == self.label {
+            return;
+        }
+        self.label = label;
+        self.mailbox.introduce(&self.label, self.read_only);
+        if let Some(not_logged) = self.chatter.spend(Instant::now()) {
+            tracing::info!(client = %self.peer, label = %self.label, not_logged, "client label");
         }
     }
 
@@ -480,9 +497,9 @@ impl Session {
 
     /// Ends it: aborts, releases, removes from the lists. What may block is done on a worker thread.
     pub(crate) fn end(mut self) {
-        let places = self.registration.as_ref().and_then(|registration| registration.hub.slow_jobs.clone());
         if let Some(registration) = self.registration.take() {
             if self.txn.is_some() {
+                count(&registration.hub.stats.aborts);
                 registration.hub.stats.active_txns.fetch_sub(1, Ordering::Relaxed);
             }
             drop(registration);
@@ -490,7 +507,8 @@ impl Session {
         let unread = self.mailbox.close();
         let runtime = self.runtime.clone();
         if self.txn.is_some() || self.upload.is_some() || !unread.is_empty() || !self.events.is_empty() {
-            on_worker(&runtime, places, move || drop((unread, self)));
+            // Not one of the places of a storage with slow calls: an abort, of which there is one at a time, ends the waiting of others.
+            runtime.spawn_blocking(move || drop((unread, self)));
         }
     }
 }
@@ -524,6 +542,19 @@ impl ReplyTo {
         let id = std::mem::replace(&mut self.id, MessageId::Seq(0));
         Self { id, ..*self }
     }
+}
+
+/// At most `most` characters of `text`, without what moves a cursor or begins a line.
+fn printable(text: &str, most: usize) -> String {
+    let mut printable = String::new();
+    for character in text.chars().take(most) {
+        if character.is_control() || matches!(character, '\u{2028}' | '\u{2029}') {
+            printable.extend(character.escape_default());
+        } else {
+            printable.push(character);
+        }
+    }
+    printable
 }
 
 /// Keeps `data` without keeping the much larger buffer that it was received in.
