@@ -19,7 +19,7 @@ use super::socket::Socket;
 use super::sockets::{self, Acceptor, Listener};
 use super::{Place, ServerConfig, Shared, locks::LockHolder};
 use crate::ids::Tid;
-use crate::net::tls::{ServerTls, TlsError};
+use crate::net::tls::{ServerStream, ServerTls, TlsError};
 use crate::net::{Address, activation};
 use crate::storage::{Storage, StorageError};
 
@@ -320,8 +320,14 @@ async fn accept(
         let (shared, stopped) = (Arc::clone(&shared), stopped.clone());
         connections.spawn(async move {
             match shared.config.tls.clone() {
-                None => serve(shared, socket, peer, stopped).await,
-                Some(tls) => Box::pin(serve_tls(shared, &tls, socket, peer, stopped)).await,
+                // Each in a box of its own: a task has room for the largest of what it waits for, as long as it lives.
+                None => Box::pin(serve(shared, socket, peer, stopped)).await,
+                Some(tls) => {
+                    let shaken = Box::pin(shake_hands(&shared, &tls, socket, &peer, stopped.clone())).await;
+                    if let Some(stream) = shaken {
+                        Box::pin(serve(shared, stream, peer, stopped)).await;
+                    }
+                }
             }
             drop(place);
         });
@@ -349,21 +355,22 @@ async fn save_indexes(shared: Arc<Shared>, mut stopped: watch::Receiver<bool>) {
     }
 }
 
-async fn serve_tls(
-    shared: Arc<Shared>,
+async fn shake_hands(
+    shared: &Shared,
     tls: &ServerTls,
     socket: Socket,
-    peer: String,
+    peer: &str,
     mut stopped: watch::Receiver<bool>,
-) {
+) -> Option<ServerStream<Socket>> {
     let shaken = tokio::select! {
-        shaken = tls.accept(socket, &peer, shared.config.handshake_timeout) => shaken,
-        _ = stopped.wait_for(|stop| *stop) => return,
+        shaken = tls.accept(socket, peer, shared.config.handshake_timeout) => shaken,
+        _ = stopped.wait_for(|stop| *stop) => return None,
     };
     match shaken {
-        Ok(stream) => serve(shared, stream, peer, stopped).await,
+        Ok(stream) => return Some(stream),
         Err(TlsError::HungUp) => tracing::debug!(client = %peer, "connection without a client closed"),
-        Err(error) if tls.is_news(&peer, &error) => tracing::info!("{error}"),
+        Err(error) if tls.is_news(peer, &error) => tracing::info!("{error}"),
         Err(error) => tracing::debug!("{error}"),
     }
+    None
 }

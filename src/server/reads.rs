@@ -191,8 +191,8 @@ impl Session {
 
     /// Packs on a worker thread. Everybody is told the new size; whoever waits gets the reply after that.
     pub(crate) fn pack(&mut self, hub: &Arc<Hub>, to: &mut ReplyTo, time: f64, wait: bool) -> Served {
-        if !(PACK_TIMES.contains(&time)) {
-            let text = format!("a pack's time is Unix time in seconds, up to the year 9890, not {time}");
+        if !PACK_TIMES.contains(&time) {
+            let text = format!("a pack's time is Unix time in seconds, up to the year 9890, not {time:?}");
             return Err(Fault::value_error(text));
         }
         // What was current before 1970 is nothing.
