@@ -472,5 +472,27 @@ impl InvalidationSink for Below {
 }
 
 #[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_progress_of_a_pack_is_its_own_and_ends_with_it() {
+        let watch = PackWatch::default();
+        let run = watch.begin();
+        assert!(run.is_some());
+        run.iter().for_each(|run| run.set(&PackProgress { bytes_done: 7, ..PackProgress::default() }));
+        // one that is refused
+        assert!(watch.begin().is_none());
+        assert_eq!(watch.progress().map(|progress| progress.bytes_done), Some(7));
+        let panicked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            let _run = run;
+            panic!("in the engine");
+        }));
+        assert!(panicked.is_err() && !watch.is_running());
+        assert!(watch.begin().is_some());
+    }
+}
+
+#[cfg(test)]
 #[path = "schedule.rs"]
 mod schedule;

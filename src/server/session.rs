@@ -47,6 +47,8 @@ pub(crate) const HIGH_WATER: usize = 1 << 20;
 
 /// Characters of a label.
 const MAX_LABEL: usize = 200;
+/// Characters of a reason why a connection was closed.
+const MAX_REASON: usize = 1000;
 
 /// Where the answer of a call goes.
 #[derive(Debug)]
@@ -150,7 +152,8 @@ impl Session {
 
     /// Nothing more is served or told; the connection ends. The first reason counts.
     pub(crate) fn close(&mut self, reason: impl Into<String>) {
-        self.closing.get_or_insert_with(|| reason.into());
+        // It goes to the log, and may quote what the peer sent.
+        self.closing.get_or_insert_with(|| reason.into().chars().take(MAX_REASON).collect());
     }
 
     pub(crate) fn closing(&self) -> Option<&str> {
