@@ -361,13 +361,14 @@ async fn shake_hands(
     socket: Socket,
     peer: &str,
     mut stopped: watch::Receiver<bool>,
-) -> Option<ServerStream<Socket>> {
+) -> Option<Box<ServerStream<Socket>>> {
     let shaken = tokio::select! {
         shaken = tls.accept(socket, peer, shared.config.handshake_timeout) => shaken,
         _ = stopped.wait_for(|stop| *stop) => return None,
     };
     match shaken {
-        Ok(stream) => return Some(stream),
+        // The state of TLS is some kilobytes, and the task that serves has room for several of what it moves about.
+        Ok(stream) => return Some(Box::new(stream)),
         Err(TlsError::HungUp) => tracing::debug!(client = %peer, "connection without a client closed"),
         Err(error) if tls.is_news(peer, &error) => tracing::info!("{error}"),
         Err(error) => tracing::debug!("{error}"),
