@@ -254,7 +254,8 @@ impl Storage for ServedStorage {
         for (index, voted) in group.into_iter().enumerate() {
             let mut handle = VotedHandle::of(voted.state)?;
             let tid = self.with(|served| {
-                let transaction = handle.transaction.as_ref().map(|transaction| transaction.bind(served.py()));
+                let transaction =
+                    handle.transaction.as_ref().map(|transaction| transaction.bind(served.py()));
                 let tid = served.call_method1("finish", (transaction,))?;
                 // Not before: a storage whose tpc_finish failed waits for tpc_abort, and until then lets nobody begin.
                 handle.transaction = None;

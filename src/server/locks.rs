@@ -207,9 +207,8 @@ impl Table {
 
     /// Whether a transaction has held locks since before `now - OLD`.
     fn has_old(&self, now: Instant) -> bool {
-        let is_old = |request: &Request| {
-            request.blocked == 0 && now.saturating_duration_since(request.since) >= OLD
-        };
+        let is_old =
+            |request: &Request| request.blocked == 0 && now.saturating_duration_since(request.since) >= OLD;
         self.requests.values().any(is_old)
     }
 
@@ -352,7 +351,8 @@ impl LockTable {
             Stand::Queued if until.is_some_and(|until| now >= until) => None,
             Stand::Queued => {
                 // Behind another one for the whole storage there is nobody whom it keeps from anything.
-                let shared = table.queues.get(&Key::Storage).is_some_and(|queue| queue.first.1 == Mode::Shared);
+                let shared =
+                    table.queues.get(&Key::Storage).is_some_and(|queue| queue.first.1 == Mode::Shared);
                 if shared && table.has_old(now) {
                     table.step_aside(id, &mut wakes);
                 }

@@ -209,3 +209,22 @@ impl Shared {
         self.stopping.load(Ordering::Relaxed)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_place_is_free_again_however_its_connection_ends() {
+        let config = ServerConfig { max_connections: 1, ..ServerConfig::default() };
+        let shared = Arc::new(Shared::new(config, Vec::new()));
+        let panicked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            let _place = Place::take(&shared).expect("the first");
+            assert!(Place::take(&shared).is_none());
+            panic!("in a connection's task");
+        }));
+        assert!(panicked.is_err());
+        assert!(Place::take(&shared).is_some());
+        assert_eq!(shared.open.load(Ordering::Relaxed), 0);
+    }
+}

@@ -10,9 +10,7 @@ use super::undo::with_extension;
 use crate::ids::{Oid, Tid};
 use crate::limits::MAX_NEW_OIDS;
 use crate::pickle::Value;
-use crate::storage::{
-    HistoryEntry, Loaded, NextRecord, PackOptions, Result, Storage, StorageError,
-};
+use crate::storage::{HistoryEntry, Loaded, NextRecord, PackOptions, Result, Storage, StorageError};
 use crate::wire::{Fault, encode_loaded};
 
 /// Entries that `history` may be asked for at once.

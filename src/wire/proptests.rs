@@ -496,7 +496,9 @@ fn a_request_has_not_too_many_values() {
             encode_call(encoding, &MessageId::Seq(5), false, &call, &mut out).unwrap();
             decode_request(encoding, &unframed(out))
         };
-        assert!(matches!(gc(100_000), Ok(Request { call: Ok(Call::IteratorGc { iids }), .. }) if iids.len() == 100_000));
+        assert!(
+            matches!(gc(100_000), Ok(Request { call: Ok(Call::IteratorGc { iids }), .. }) if iids.len() == 100_000)
+        );
         assert!(gc(200_000).is_err(), "{encoding:?}");
     }
 }

@@ -54,12 +54,16 @@ impl Collector for Storages {
         families.counter("commit_groups", "groups of transactions that shared a sync", |hub| {
             read(&hub.stats.groups)
         })?;
-        families.counter("aborts", "transactions that were aborted, or ended with their connection", |hub| {
-            read(&hub.stats.aborts)
-        })?;
-        families.counter("transaction_timeouts", "transactions that held their locks for too long", |hub| {
-            read(&hub.stats.timeouts)
-        })?;
+        families.counter(
+            "aborts",
+            "transactions that were aborted, or ended with their connection",
+            |hub| read(&hub.stats.aborts),
+        )?;
+        families.counter(
+            "transaction_timeouts",
+            "transactions that held their locks for too long",
+            |hub| read(&hub.stats.timeouts),
+        )?;
         families
             .counter("conflicts", "votes that failed with a conflict", |hub| read(&hub.stats.conflicts))?;
         families.counter("conflicts_resolved", "objects whose conflict was resolved", |hub| {
