@@ -11,6 +11,9 @@ pub const MAX_HANDSHAKE: usize = 64;
 pub const MAX_DEPTH: usize = 64;
 /// Values in one decoded message (a 10 000 oid invalidation has 10 000).
 pub const MAX_VALUES: usize = 16 << 20;
+/// The same of a client's message, which a server is to understand from peers that it does not know: it becomes some 50 bytes a
+/// value. The largest are an extension, which has at most 65535 bytes in Data.fs, and `iterator_gc`.
+pub const MAX_REQUEST_VALUES: usize = 128 << 10;
 /// ZEO clamps `new_oids(n)` to this.
 pub const MAX_NEW_OIDS: usize = 100;
 /// User, description and extension of a transaction each have a 16-bit length in Data.fs.

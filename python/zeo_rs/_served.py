@@ -42,6 +42,13 @@ class Served:
             'interfaces': [(i.__module__, i.__name__) for i in zope.interface.providedBy(storage).__iro__],
         }
 
+    def failure(self):
+        """Why nothing can be written now, or ``None``: a ClientStorage knows whether it has a server."""
+        is_connected = getattr(self.storage, 'is_connected', None)
+        if is_connected is not None and not is_connected():
+            return 'it is not connected to its server'
+        return None
+
     def vote(self, user, description, extension, tid, status, operations):
         """Runs ``tpc_begin`` to ``tpc_vote``; aborts on an error. Returns ``(transaction, written, resolved)``, or the
         list of conflicts ``(oid, committed, read, data)`` for the client to resolve.

@@ -81,6 +81,21 @@ def seconds(text):
     return value
 
 
+def queue_size(text):
+    """Of ``invalidation-queue-size``."""
+    value = int(text)
+    if value < 0:
+        raise ValueError(f"invalidation-queue-size {text}: give a number of transactions, 0 or more")
+    return value
+
+
+def at_least_zero(text):
+    value = int(text)
+    if value < 0:
+        raise ValueError(f"{text!r}: give a number, 0 or more")
+    return value
+
+
 def at_least_one(text):
     value = int(text)
     if value < 1:
@@ -234,7 +249,8 @@ def load_server(source, overrides=()):
         try:
             settings.tls = server_ssl(zeo.ssl)
         except (ValueError, OSError) as error:
-            raise ConfigurationError(f"<ssl>: {error}") from error
+            # of an OSError its text, without the number
+            raise ConfigurationError(f"<ssl>: {getattr(error, 'strerror', None) or error}") from error
     for factory in loaded.storages:
         if getattr(factory.config, "packer", None):
             settings.warnings.append(f"packer {factory.config.packer} is not used: the storage packs by itself")

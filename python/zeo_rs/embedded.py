@@ -10,6 +10,8 @@ import warnings
 from zeo_rs.config import EXTRA, load_server_text
 from zeo_rs.serving import describe, start
 
+#: Attributes of ZEO's own `ZEOConfig`, which concern its log.
+ZEO_OPTIONS = ("log", "logpath", "loglevel")
 #: Options of `zeo_conf` given as a dict.
 OPTIONS = (
     "read_only",
@@ -29,7 +31,7 @@ def server(
     """Start a server; answers `(address, stop)`.
 
     path, blob_dir: a file storage and its blobs. storage_conf: ZConfig text of storages instead. Neither: in memory.
-    zeo_conf: ZConfig text of a `<zeo>` section, or a dict of its options. port: a number (0: a free one), `(host, port)`, or
+    zeo_conf: ZConfig text of a `<zeo>` section, or a dict of its options. port: a number (0 or None: a free one), `(host, port)`, or
     a path for a unix socket. threaded=False: in a child process. ssl: a `zeo_rs.TLS` (threaded only).
 
     `address` is what `ClientStorage` takes; `stop()` ends the server. Of the keywords that ZEO's function passes on,
@@ -67,10 +69,12 @@ def configuration(path, blob_dir, storage_conf, zeo_conf, port, protocol=None):
         options = dict(zeo_conf or {})
         if protocol is not None:
             options["msgpack"] = _is_msgpack(protocol)
-        unknown = set(options) - {*OPTIONS, "address"}
+        # what ZEO's ZEOConfig takes and makes nothing of, it does not refuse either
+        unknown = set(options) - {*OPTIONS, *ZEO_OPTIONS, "address"}
         if unknown:
-            raise TypeError(f"unknown options in zeo_conf: {', '.join(sorted(unknown))}")
-        address = options.pop("address", None) or port
+            warnings.warn(f"unknown options in zeo_conf are ignored: {', '.join(sorted(unknown))}", stacklevel=3)
+        options = {name: value for name, value in options.items() if name in (*OPTIONS, "address")}
+        address = options.pop("address", None) or port or 0
         if isinstance(address, int):
             address = ("127.0.0.1", address)
         lines = [f"address {describe(address)}"]

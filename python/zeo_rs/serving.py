@@ -115,7 +115,7 @@ def describe(address):
 
 
 class PidFile:
-    """Removed at the end if it is still ours."""
+    """Removed at the end if it is still ours. One that cannot be written is no reason not to serve."""
 
     def __init__(self, path):
         self.path = path
@@ -123,7 +123,9 @@ class PidFile:
             with open(path, "w") as file:
                 file.write(f"{os.getpid()}\n")
         except OSError as error:
-            raise ConfigurationError(f"cannot write the pid file: {error}") from error
+            logger.error("cannot write the pid file, and go on without: %s", error)
+        else:
+            logger.info("pid file %s", path)
 
     def remove(self):
         with contextlib.suppress(OSError, ValueError):
@@ -161,13 +163,12 @@ def run(settings, exit_at_once=False, ready=None):
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     for warning in settings.warnings:
         logger.warning(warning)
+    logger.info("zeo-rs %s, process %s", _zeo.__version__, os.getpid())
     server = start(settings)
     pid_file = None
     try:
         if settings.pid_filename and not settings.options.get("read_only"):
             pid_file = PidFile(settings.pid_filename)
-        for address in server.addresses:
-            logger.info("listening on %s", describe(address))
         notify("READY=1")
         if ready is not None:
             ready(server.addresses)

@@ -12,7 +12,7 @@ use super::opcode as op;
 use super::scanner::{Scanner, decimal, raw_unicode, unquote};
 use super::tree::{self, Node, Ref};
 use super::{PickleError, Value};
-use crate::limits::MAX_VALUES;
+use crate::limits::{MAX_REQUEST_VALUES, MAX_VALUES};
 
 /// Which globals (classes and functions, by name) a pickle may mention.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,6 +28,11 @@ pub enum Globals {
 }
 
 impl Globals {
+    /// Values in one message or record.
+    pub fn max_values(self) -> usize {
+        if self == Self::Request { MAX_REQUEST_VALUES } else { MAX_VALUES }
+    }
+
     fn allows(self, module: &[u8], name: &[u8]) -> bool {
         if self != Self::Request {
             return true;
@@ -172,7 +177,7 @@ impl<'a> Machine<'a> {
     }
 
     fn add(&mut self, node: Node) -> Result<Ref, PickleError> {
-        if self.nodes.len() >= MAX_VALUES {
+        if self.nodes.len() >= self.globals.max_values() {
             return Err(PickleError::TooMany);
         }
         self.nodes.push(node);

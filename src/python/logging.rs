@@ -14,7 +14,8 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use pyo3::prelude::*;
-use tracing::field::{Field, Visit};
+use pyo3::types::PyDict;
+use tracing::field::Visit;
 use tracing::span;
 use tracing::{Event, Level, Metadata, Subscriber};
 
@@ -30,7 +31,7 @@ static DROPPED: AtomicU64 = AtomicU64::new(0);
 static SENDER: Mutex<Option<(u32, SyncSender<Line>)>> = Mutex::new(None);
 
 enum Line {
-    Event { level: u8, target: &'static str, text: String },
+    Event { level: u8, target: &'static str, text: Text },
     Flush(SyncSender<()>),
 }
 
@@ -94,7 +95,7 @@ impl Subscriber for ToPython {
         event.record(&mut text);
         let metadata = event.metadata();
         let level = if text.is_critical { 50 } else { number(metadata.level()) };
-        send(Line::Event { level, target: metadata.target(), text: text.text });
+        send(Line::Event { level, target: metadata.target(), text });
     }
     fn new_span(&self, _: &span::Attributes<'_>) -> span::Id {
         span::Id::from_u64(1)
@@ -105,30 +106,99 @@ impl Subscriber for ToPython {
     fn exit(&self, _: &span::Id) {}
 }
 
-/// `message key=value key=value`.
+/// `message key=value key=value`, and each of them for logs that have keys of their own.
 #[derive(Default)]
 struct Text {
-    text: String,
+    message: String,
+    fields: Vec<(&'static str, Field)>,
     /// The event has a field `critical`: Python has a level above that of errors.
     is_critical: bool,
 }
 
-impl Visit for Text {
-    fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
-        if field.name() == "message" {
-            let rest = std::mem::take(&mut self.text);
-            let _ = write!(self.text, "{value:?}{rest}");
+enum Field {
+    Text(String),
+    Int(i64),
+    Uint(u64),
+    Float(f64),
+    Bool(bool),
+}
+
+impl Text {
+    /// One line, whatever clients and files have put into it.
+    fn line(&self) -> String {
+        let mut line = String::new();
+        push_printable(&mut line, &self.message);
+        for (name, value) in &self.fields {
+            let _ = write!(line, " {name}=");
+            match value {
+                Field::Text(text) => push_printable(&mut line, text),
+                Field::Int(number) => drop(write!(line, "{number}")),
+                Field::Uint(number) => drop(write!(line, "{number}")),
+                Field::Float(number) => drop(write!(line, "{number:?}")),
+                Field::Bool(flag) => drop(write!(line, "{flag}")),
+            }
+        }
+        line
+    }
+
+    /// What `logging` takes as `extra`; `zeo_rs.logformat` knows it.
+    fn extra<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let fields = PyDict::new(py);
+        for (name, value) in &self.fields {
+            match value {
+                Field::Text(text) => fields.set_item(name, text)?,
+                Field::Int(number) => fields.set_item(name, number)?,
+                Field::Uint(number) => fields.set_item(name, number)?,
+                Field::Float(number) => fields.set_item(name, number)?,
+                Field::Bool(flag) => fields.set_item(name, flag)?,
+            }
+        }
+        let extra = PyDict::new(py);
+        extra.set_item("zeo_rs_message", &self.message)?;
+        extra.set_item("zeo_rs_fields", fields)?;
+        Ok(extra)
+    }
+}
+
+/// A line stays one, and a terminal what it is.
+fn push_printable(line: &mut String, text: &str) {
+    for character in text.chars() {
+        if character.is_control() || matches!(character, '\u{2028}' | '\u{2029}') {
+            line.extend(character.escape_default());
         } else {
-            let _ = write!(self.text, " {}={value:?}", field.name());
+            line.push(character);
         }
     }
-    fn record_bool(&mut self, field: &Field, value: bool) {
+}
+
+impl Visit for Text {
+    fn record_debug(&mut self, field: &tracing::field::Field, value: &dyn fmt::Debug) {
+        let text = format!("{value:?}");
+        if field.name() == "message" {
+            self.message = text;
+        } else {
+            self.fields.push((field.name(), Field::Text(text)));
+        }
+    }
+    fn record_bool(&mut self, field: &tracing::field::Field, value: bool) {
         match field.name() {
             "critical" => self.is_critical = value,
-            _ => self.record_debug(field, &value),
+            name => self.fields.push((name, Field::Bool(value))),
         }
     }
-    fn record_str(&mut self, field: &Field, value: &str) {
+    fn record_i64(&mut self, field: &tracing::field::Field, value: i64) {
+        self.fields.push((field.name(), Field::Int(value)));
+    }
+    fn record_u64(&mut self, field: &tracing::field::Field, value: u64) {
+        // How many lines like this one were left out is of interest when there are some.
+        if field.name() != "not_logged" || value > 0 {
+            self.fields.push((field.name(), Field::Uint(value)));
+        }
+    }
+    fn record_f64(&mut self, field: &tracing::field::Field, value: f64) {
+        self.fields.push((field.name(), Field::Float(value)));
+    }
+    fn record_str(&mut self, field: &tracing::field::Field, value: &str) {
         self.record_debug(field, &format_args!("{value}"));
     }
 }
@@ -161,12 +231,8 @@ fn hand_over(lines: &Receiver<Line>) {
             Line::Event { level, target, text } => Python::try_attach(|py| {
                 let dropped = DROPPED.swap(0, Ordering::Relaxed);
                 if dropped > 0 {
-                    log(
-                        py,
-                        30,
-                        "zeo_rs",
-                        &format!("{dropped} log lines were dropped: Python did not keep up"),
-                    );
+                    let message = format!("{dropped} log lines were dropped: Python did not keep up");
+                    log(py, 30, "zeo_rs", &Text { message, ..Text::default() });
                 }
                 log(py, level, target, &text);
                 refresh(py);
@@ -182,10 +248,12 @@ fn hand_over(lines: &Receiver<Line>) {
     }
 }
 
-fn log(py: Python<'_>, level: u8, target: &str, text: &str) {
+fn log(py: Python<'_>, level: u8, target: &str, text: &Text) {
     let logged = (|| -> PyResult<()> {
         let logger = py.import("logging")?.call_method1("getLogger", (target.replace("::", "."),))?;
-        logger.call_method1("log", (level, "%s", text))?;
+        let keywords = PyDict::new(py);
+        keywords.set_item("extra", text.extra(py)?)?;
+        logger.call_method("log", (level, "%s", text.line()), Some(&keywords))?;
         Ok(())
     })();
     if let Err(error) = logged {

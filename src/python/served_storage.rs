@@ -249,12 +249,18 @@ impl Storage for ServedStorage {
         voted.map_err(|error| with_record(error, &ops))
     }
 
-    /// The group has one member, because votes are not concurrent.
+    /// The group has one member, because votes are not concurrent. What fails is aborted, as ZODB does, too.
     fn finish(&self, group: Vec<VotedTxn>, publish: &mut dyn FnMut(&Committed)) -> Result<()> {
         for (index, voted) in group.into_iter().enumerate() {
             let mut handle = VotedHandle::of(voted.state)?;
-            let transaction = handle.transaction.take();
-            let tid = self.with(|served| tid_arg(&served.call_method1("finish", (transaction,))?))?;
+            let tid = self.with(|served| {
+                let transaction =
+                    handle.transaction.as_ref().map(|transaction| transaction.bind(served.py()));
+                let tid = served.call_method1("finish", (transaction,))?;
+                // Not before: a storage whose tpc_finish failed waits for tpc_abort, and until then lets nobody begin.
+                handle.transaction = None;
+                tid_arg(&tid)
+            })?;
             publish(&Committed { index, tid, oids: voted.oids.into() });
         }
         Ok(())
@@ -274,6 +280,11 @@ impl Storage for ServedStorage {
                 .call_method1("blob_path", (oid_bytes(served.py(), oid), tid_bytes(served.py(), serial)))?
                 .extract()
         })
+    }
+
+    fn write_failure(&self) -> Option<String> {
+        let failure = self.with(|served| served.call_method0("failure")?.extract());
+        failure.unwrap_or_else(|error| Some(error.to_string()))
     }
 
     fn temporary_directory(&self) -> Result<PathBuf> {

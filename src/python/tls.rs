@@ -159,6 +159,7 @@ fn raise(error: TlsError) -> PyErr {
             None => PyOSError::new_err(error.to_string()),
         },
         TlsError::AuthenticateWord(_) | TlsError::HostName(_) => PyValueError::new_err(error.to_string()),
-        _ => raised::SSLError::new_err(error.to_string()),
+        // With a number, or its text would be shown as a tuple: 1 is `ssl.SSL_ERROR_SSL`.
+        _ => raised::SSLError::new_err((1, error.to_string())),
     }
 }

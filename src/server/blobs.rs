@@ -165,6 +165,11 @@ impl Session {
         if !hub.capabilities.blobs {
             return Err(Fault::type_error("Blobs are not supported"));
         }
+        self.may_write()?;
+        // Else anybody could fill the disk with what no abort removes.
+        if self.txn.is_none() {
+            return Err(Fault::new("builtins.AssertionError", "storeBlobStart without tpc_begin"));
+        }
         if self.upload.is_some() {
             return Err(Fault::new("builtins.AssertionError", "a blob upload is already in progress"));
         }
@@ -266,7 +271,9 @@ impl Session {
             Writer::Idle(Some(file)) => self.stage_blob(oid, serial, data, file.temporary, &key),
             Writer::Idle(None) | Writer::Busy => Ok(Outcome::Reply(Value::None)),
             Writer::Failed(error) => {
-                tracing::error!(client = %self.who(), %error, "a blob could not be received");
+                if let Some(not_logged) = self.chatter.spend(std::time::Instant::now()) {
+                    tracing::error!(client = %self.who(), %error, not_logged, "a blob could not be received");
+                }
                 self.fail_transaction(&key, error)
             }
         };
@@ -303,7 +310,10 @@ impl Session {
             characters.as_str().strip_suffix(".tmp")
         });
         if !is_plain || stem.is_none() {
-            tracing::error!(client = %self.who(), filename, "storeBlobShared with a name that is not allowed");
+            if let Some(not_logged) = self.chatter.spend(std::time::Instant::now()) {
+                let filename = filename.chars().take(200).collect::<String>();
+                tracing::error!(client = %self.who(), filename, not_logged, "storeBlobShared with a name that is not allowed");
+            }
             return Err(Fault::value_error(format!("{filename:?} is no name of an uncommitted blob")));
         }
         let path = hub.storage.blob_oid_directory(oid).map_err(|error| fault::of(&error))?.join(filename);

@@ -258,6 +258,7 @@ fn finish(hub: &Arc<Hub>, mut group: Vec<FinishJob>) {
 
 fn refuse(job: FinishJob, error: &StorageError) {
     let FinishJob { held, mailbox, reply, .. } = job;
+    count(&held.hub.stats.aborts);
     let error = error.clone();
     mailbox.post(Event::Continue(Box::new(move |session| reply(session, Err(error)))));
     drop(held);

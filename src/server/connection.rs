@@ -111,7 +111,10 @@ pub(crate) async fn serve<S>(
             tracing::debug!(client, "connection without a client closed");
         }
         End::Peer => tracing::info!(client, "client disconnected"),
-        End::Server(reason) => tracing::warn!(client, reason, "connection closed"),
+        End::Server(reason) => match server.closings.spend(Instant::now()) {
+            Some(not_logged) => tracing::warn!(client, reason, not_logged, "connection closed"),
+            None => tracing::debug!(client, reason, "connection closed"),
+        },
         End::Stop | End::Move => tracing::debug!(client, "connection closed, the server stops"),
     }
     session.end();

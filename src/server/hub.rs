@@ -5,11 +5,12 @@
 //! section, so that no transaction falls between the two, and none comes twice.
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use rustc_hash::{FxHashMap, FxHashSet};
+use tokio::sync::Semaphore;
 
 use super::admin::histogram::{Histogram, Sizes};
 use super::admin::rates::Rates;
@@ -30,6 +31,8 @@ pub(crate) struct Stats {
     pub(crate) stores: AtomicU64,
     pub(crate) commits: AtomicU64,
     pub(crate) aborts: AtomicU64,
+    /// Aborted because they held their locks for too long.
+    pub(crate) timeouts: AtomicU64,
     pub(crate) conflicts: AtomicU64,
     pub(crate) conflicts_resolved: AtomicU64,
     pub(crate) active_txns: AtomicU64,
@@ -147,9 +150,18 @@ pub(crate) struct HubOptions {
     pub(crate) references: Arc<dyn References>,
 }
 
+/// Worker threads that a storage with slow calls may keep busy at a time: one that hangs (a database or a server below that does
+/// not answer) leaves the rest of the runtime's threads to the other storages.
+pub(crate) const MAX_SLOW_JOBS: usize = 64;
+
 /// See the module documentation.
 pub(crate) struct Hub {
     pub(crate) id: String,
+    /// The storage's own.
+    pub(crate) name: String,
+    /// Places on worker threads, if the storage's calls are slow.
+    pub(crate) slow_jobs: Option<Arc<Semaphore>>,
+    known: Known,
     pub(crate) storage: Arc<dyn Storage>,
     pub(crate) capabilities: Capabilities,
     pub(crate) is_read_only: bool,
@@ -175,8 +187,12 @@ impl Hub {
             held_back: Some(Vec::new()),
         };
         let (committer, work) = Committer::new();
+        let capabilities = storage.capabilities();
         let hub = Arc::new(Self {
-            capabilities: storage.capabilities(),
+            name: storage.name(),
+            slow_jobs: capabilities.slow_calls.then(|| Arc::new(Semaphore::new(MAX_SLOW_JOBS))),
+            known: Known::default(),
+            capabilities,
             is_read_only: storage.is_read_only(),
             id,
             storage,
@@ -207,6 +223,9 @@ impl Hub {
         }
         registry.let_through(None);
         drop(registry);
+        if hub.capabilities.slow_calls {
+            hub.look();
+        }
         Ok(hub)
     }
 
@@ -214,8 +233,42 @@ impl Hub {
         self.registry.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Asks the storage, which may take its time.
     pub(crate) fn info(&self) -> StorageInfo {
-        StorageInfo { length: self.storage.object_count(), size: self.storage.size() }
+        let info = StorageInfo { length: self.storage.object_count(), size: self.storage.size() };
+        if self.capabilities.slow_calls {
+            self.known.facts().info = info;
+        }
+        info
+    }
+
+    /// As [`Self::info`], without waiting: of a storage with slow calls, what it said last.
+    pub(crate) fn known_info(&self) -> StorageInfo {
+        if self.capabilities.slow_calls { self.known.facts().info } else { self.info() }
+    }
+
+    /// Why the storage takes no writes, without waiting: of a storage with slow calls, what it said last, or that it says nothing.
+    pub(crate) fn known_failure(&self) -> Option<String> {
+        if !self.capabilities.slow_calls {
+            return self.storage.write_failure();
+        }
+        let facts = self.known.facts();
+        match facts.looking_since.map(|since| since.elapsed()) {
+            Some(age) if age >= SILENCE => Some(format!("it has not answered for {} s", age.as_secs())),
+            _ => facts.failure.clone(),
+        }
+    }
+
+    /// Asks the storage what [`Self::known_info`] and [`Self::known_failure`] tell, unless somebody does already; may block.
+    pub(crate) fn look(&self) {
+        if self.known.looking.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        let _looked = Looked(&self.known);
+        self.known.facts().looking_since = Some(Instant::now());
+        self.info();
+        let failure = self.storage.write_failure();
+        self.known.facts().failure = failure;
     }
 
     /// Joins the listeners. The tid is the connection's first view: exactly what comes after it will be posted.
@@ -299,6 +352,39 @@ impl Hub {
     }
 }
 
+/// A storage that has been asked how it is, and has not answered for so long, is not ready.
+const SILENCE: Duration = Duration::from_secs(10);
+
+/// What a storage with slow calls said last: those who watch the server do not wait for it, and do not add to its load.
+#[derive(Default)]
+struct Known {
+    looking: AtomicBool,
+    facts: Mutex<Facts>,
+}
+
+#[derive(Default)]
+struct Facts {
+    info: StorageInfo,
+    failure: Option<String>,
+    looking_since: Option<Instant>,
+}
+
+impl Known {
+    fn facts(&self) -> MutexGuard<'_, Facts> {
+        self.facts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Ends a look, also one that panics.
+struct Looked<'a>(&'a Known);
+
+impl Drop for Looked<'_> {
+    fn drop(&mut self) {
+        self.0.facts().looking_since = None;
+        self.0.looking.store(false, Ordering::Release);
+    }
+}
+
 /// One registered client, for people.
 #[derive(Clone, Debug)]
 pub(crate) struct ClientInfo {
@@ -323,9 +409,29 @@ impl PackWatch {
         self.progress().is_some()
     }
 
-    /// `None`: it has ended.
-    pub(crate) fn set(&self, progress: Option<PackProgress>) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = progress;
+    /// A pack begins; `None`: another one runs, whose progress this is.
+    pub(crate) fn begin(&self) -> Option<PackRun<'_>> {
+        let mut progress = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if progress.is_some() {
+            return None;
+        }
+        *progress = Some(PackProgress::default());
+        Some(PackRun(self))
+    }
+}
+
+/// The pack that is watched; it has ended when this is dropped, also by a panic.
+pub(crate) struct PackRun<'a>(&'a PackWatch);
+
+impl PackRun<'_> {
+    pub(crate) fn set(&self, progress: &PackProgress) {
+        *self.0.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(progress.clone());
+    }
+}
+
+impl Drop for PackRun<'_> {
+    fn drop(&mut self) {
+        *self.0.0.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 }
 
@@ -362,6 +468,28 @@ impl InvalidationSink for Below {
         if let Some(hub) = self.0.upgrade() {
             hub.invalidate_all();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_progress_of_a_pack_is_its_own_and_ends_with_it() {
+        let watch = PackWatch::default();
+        let run = watch.begin();
+        assert!(run.is_some());
+        run.iter().for_each(|run| run.set(&PackProgress { bytes_done: 7, ..PackProgress::default() }));
+        // one that is refused
+        assert!(watch.begin().is_none());
+        assert_eq!(watch.progress().map(|progress| progress.bytes_done), Some(7));
+        let panicked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            let _run = run;
+            panic!("in the engine");
+        }));
+        assert!(panicked.is_err() && !watch.is_running());
+        assert!(watch.begin().is_some());
     }
 }
 

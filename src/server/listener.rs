@@ -14,14 +14,17 @@ use tokio_util::task::TaskTracker;
 
 use super::admin;
 use super::connection::serve;
-use super::hub::{Hub, HubOptions};
+use super::hub::{Hub, HubOptions, MAX_SLOW_JOBS};
 use super::socket::Socket;
 use super::sockets::{self, Acceptor, Listener};
-use super::{ServerConfig, Shared, locks::LockHolder};
+use super::{Place, ServerConfig, Shared, locks::LockHolder};
 use crate::ids::Tid;
-use crate::net::tls::{ServerTls, TlsError};
+use crate::net::tls::{ServerStream, ServerTls, TlsError};
 use crate::net::{Address, activation};
 use crate::storage::{Owner, Storage, StorageError};
+
+/// Worker threads of the storages in Rust (tokio's default).
+const MAX_BLOCKING: usize = 512;
 
 /// Why a server could not be started or stopped.
 #[derive(Debug, thiserror::Error)]
@@ -121,6 +124,10 @@ impl Server {
             let hub = Hub::start(name.clone(), Arc::clone(storage), options);
             hubs.push(hub.map_err(|source| ServerError::Storage { name: name.clone(), source })?);
         }
+        for hub in &hubs {
+            let read_only = config.read_only || hub.is_read_only;
+            tracing::info!(storage = %hub.id, name = %hub.name, read_only, "storage opened");
+        }
         for address in &addresses {
             tracing::info!(%address, "listening");
         }
@@ -205,7 +212,10 @@ impl Server {
 
     fn runtime(&self) -> Result<Runtime, ServerError> {
         let cores = || std::thread::available_parallelism().map_or(2, usize::from).max(2);
+        // Storages that hang do not take the threads of the others.
+        let slow = self.shared.hubs.iter().filter(|hub| hub.capabilities.slow_calls).count();
         tokio::runtime::Builder::new_multi_thread()
+            .max_blocking_threads(MAX_BLOCKING + slow * MAX_SLOW_JOBS)
             .worker_threads(self.shared.config.workers.unwrap_or_else(cores))
             .thread_name("zeo server worker")
             .enable_all()
@@ -307,22 +317,27 @@ async fn accept(
                 continue;
             }
         };
-        let limit = shared.config.max_connections;
-        if shared.open.fetch_add(1, Ordering::Relaxed) >= limit {
-            shared.open.fetch_sub(1, Ordering::Relaxed);
+        let Some(place) = Place::take(&shared) else {
+            let limit = shared.config.max_connections;
             if let Some(not_logged) = shared.refusals.spend(Instant::now()) {
                 tracing::warn!(client = %peer, limit, not_logged, "too many connections (max-connections), one refused");
             }
             continue;
-        }
+        };
         tracing::debug!(client = %peer, "connected");
         let (shared, stopped) = (Arc::clone(&shared), stopped.clone());
         connections.spawn(async move {
             match shared.config.tls.clone() {
-                None => serve(Arc::clone(&shared), socket, peer, stopped).await,
-                Some(tls) => Box::pin(serve_tls(Arc::clone(&shared), &tls, socket, peer, stopped)).await,
+                // Each in a box of its own: a task has room for the largest of what it waits for, as long as it lives.
+                None => Box::pin(serve(shared, socket, peer, stopped)).await,
+                Some(tls) => {
+                    let shaken = Box::pin(shake_hands(&shared, &tls, socket, &peer, stopped.clone())).await;
+                    if let Some(stream) = shaken {
+                        Box::pin(serve(shared, stream, peer, stopped)).await;
+                    }
+                }
             }
-            shared.open.fetch_sub(1, Ordering::Relaxed);
+            drop(place);
         });
     }
 }
@@ -348,21 +363,23 @@ async fn save_indexes(shared: Arc<Shared>, mut stopped: watch::Receiver<bool>) {
     }
 }
 
-async fn serve_tls(
-    shared: Arc<Shared>,
+async fn shake_hands(
+    shared: &Shared,
     tls: &ServerTls,
     socket: Socket,
-    peer: String,
+    peer: &str,
     mut stopped: watch::Receiver<bool>,
-) {
+) -> Option<Box<ServerStream<Socket>>> {
     let shaken = tokio::select! {
-        shaken = tls.accept(socket, &peer, shared.config.handshake_timeout) => shaken,
-        _ = stopped.wait_for(|stop| *stop) => return,
+        shaken = tls.accept(socket, peer, shared.config.handshake_timeout) => shaken,
+        _ = stopped.wait_for(|stop| *stop) => return None,
     };
     match shaken {
-        Ok(stream) => serve(shared, stream, peer, stopped).await,
+        // The state of TLS is some kilobytes, and the task that serves has room for several of what it moves about.
+        Ok(stream) => return Some(Box::new(stream)),
         Err(TlsError::HungUp) => tracing::debug!(client = %peer, "connection without a client closed"),
-        Err(error) if tls.is_news(&peer, &error) => tracing::info!("{error}"),
+        Err(error) if tls.is_news(peer, &error) => tracing::info!("{error}"),
         Err(error) => tracing::debug!("{error}"),
     }
+    None
 }

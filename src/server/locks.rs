@@ -9,19 +9,29 @@
 //! So all queues agree on the order of arrival: no deadlock, and nobody is overtaken by a later arrival that wants one of
 //! the same objects (no starvation). The whole storage is one more key, which everybody else shares.
 //!
+//! There is one exception. A request for the whole storage that waits for a transaction which has held its locks for more
+//! than [`OLD`] (its client hangs, most likely) steps aside: it would stop all commits for as long as that one is given.
+//! It returns to the queue when no such transaction is left, and for good after so long as a transaction may hold its
+//! locks ([`LockTable::look`]).
+//!
 //! When a transaction was committed, all who wait for its objects are told: most of them have lost, and need not wait to
 //! find that out one after the other.
 //!
 //! Cost: one mutex, one hash lookup per oid when asking and one when releasing; no allocation for an oid nobody else wants.
 
 use std::collections::VecDeque;
+use std::sync::mpsc::RecvTimeoutError;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use rustc_hash::FxHashMap;
 
 use crate::ids::Oid;
 use crate::storage::{Op, StagedTxn, WholeStorageLock};
+
+/// A transaction that has held its locks for longer is not waited for by everybody: usually its client, a round trip away,
+/// would have finished it.
+pub(crate) const OLD: Duration = Duration::from_secs(1);
 
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 enum Key {
@@ -90,6 +100,18 @@ struct Request {
     wake: Option<Wake>,
     holder: Arc<str>,
     since: Instant,
+    /// For a request of the whole storage that waits.
+    stand: Stand,
+}
+
+/// Where a request for the whole storage waits.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Stand {
+    Queued,
+    /// It has stepped aside.
+    Aside,
+    /// It was aside for long enough, and keeps its place now.
+    Firm,
 }
 
 /// Requests of one key in order of arrival. The first is apart, so that the usual queue of one allocates nothing.
@@ -149,6 +171,71 @@ struct Table {
     requests: FxHashMap<u64, Request>,
     next_id: u64,
     waiting: usize,
+    /// Requests that have stepped aside, in order of arrival.
+    aside: VecDeque<u64>,
+}
+
+impl Table {
+    /// Joins the queue of `key`; true if it has it at once.
+    fn join(&mut self, key: Key, id: u64, mode: Mode) -> bool {
+        match self.queues.get_mut(&key) {
+            None => {
+                self.queues.insert(key, Queue { first: (id, mode), rest: VecDeque::new(), granted: 1 });
+                true
+            }
+            Some(queue) => {
+                queue.rest.push_back((id, mode));
+                let mut entered = Vec::new();
+                queue.advance(&mut entered);
+                !entered.is_empty()
+            }
+        }
+    }
+
+    /// Each of `ids` has come to the front of one queue; appends who has all locks now to `wakes`.
+    fn entered(&mut self, ids: Vec<u64>, wakes: &mut Vec<(Wake, News)>) {
+        for id in ids {
+            let Some(request) = self.requests.get_mut(&id) else { continue };
+            request.blocked -= 1;
+            if request.blocked == 0 {
+                self.waiting -= 1;
+                request.since = Instant::now();
+                wakes.extend(request.wake.take().map(|wake| (wake, News::Granted)));
+            }
+        }
+    }
+
+    /// Whether a transaction has held locks since before `now - OLD`.
+    fn has_old(&self, now: Instant) -> bool {
+        let is_old =
+            |request: &Request| request.blocked == 0 && now.saturating_duration_since(request.since) >= OLD;
+        self.requests.values().any(is_old)
+    }
+
+    /// Leaves the queue of the whole storage to those behind it.
+    fn step_aside(&mut self, id: u64, wakes: &mut Vec<(Wake, News)>) {
+        let Some(queue) = self.queues.get_mut(&Key::Storage) else { return };
+        let mut entered = Vec::new();
+        // Somebody is in front of it.
+        queue.remove(id);
+        queue.advance(&mut entered);
+        if let Some(request) = self.requests.get_mut(&id) {
+            request.stand = Stand::Aside;
+        }
+        self.aside.push_back(id);
+        self.entered(entered, wakes);
+    }
+
+    /// Joins the queue again, at its end.
+    fn return_to_queue(&mut self, id: u64, stand: Stand, wakes: &mut Vec<(Wake, News)>) {
+        self.aside.retain(|other| *other != id);
+        if let Some(request) = self.requests.get_mut(&id) {
+            request.stand = stand;
+        }
+        if self.join(Key::Storage, id, Mode::Exclusive) {
+            self.entered(vec![id], wakes);
+        }
+    }
 }
 
 /// See the module documentation.
@@ -189,25 +276,12 @@ impl LockTable {
         let mut table = self.lock();
         let id = table.next_id;
         table.next_id += 1;
-        let mut blocked = 0;
-        let mut entered = Vec::new();
-        for &(key, mode) in &keys {
-            match table.queues.get_mut(&key) {
-                None => {
-                    table.queues.insert(key, Queue { first: (id, mode), rest: VecDeque::new(), granted: 1 });
-                }
-                Some(queue) => {
-                    queue.rest.push_back((id, mode));
-                    entered.clear();
-                    queue.advance(&mut entered);
-                    blocked += usize::from(entered.is_empty());
-                }
-            }
-        }
+        let blocked = keys.iter().map(|&(key, mode)| usize::from(!table.join(key, id, mode))).sum();
         let granted = blocked == 0;
         let wake: Option<Wake> = if granted { None } else { Some(Arc::new(wake)) };
         table.waiting += usize::from(!granted);
-        table.requests.insert(id, Request { keys, blocked, wake, holder, since: Instant::now() });
+        let stand = Stand::Queued;
+        table.requests.insert(id, Request { keys, blocked, wake, holder, since: Instant::now(), stand });
         drop(table);
         (LockGuard { table: Arc::clone(self), id, changed: false }, granted)
     }
@@ -218,6 +292,10 @@ impl LockTable {
         let table = &mut *guard;
         let Some(request) = table.requests.remove(&id) else { return };
         table.waiting -= usize::from(request.blocked > 0);
+        if request.stand == Stand::Aside {
+            table.aside.retain(|other| *other != id);
+            return;
+        }
         let (mut entered, mut behind) = (Vec::new(), Vec::new());
         for &(key, mode) in &request.keys {
             let Some(queue) = table.queues.get_mut(&key) else { continue };
@@ -230,13 +308,10 @@ impl LockTable {
                 table.queues.remove(&key);
             }
         }
-        for id in entered {
-            let Some(request) = table.requests.get_mut(&id) else { continue };
-            request.blocked -= 1;
-            if request.blocked == 0 {
-                table.waiting -= 1;
-                request.since = Instant::now();
-                wakes.extend(request.wake.take().map(|wake| (wake, News::Granted)));
+        table.entered(entered, &mut wakes);
+        if !table.aside.is_empty() && !table.has_old(Instant::now()) {
+            for id in table.aside.clone() {
+                table.return_to_queue(id, Stand::Queued, &mut wakes);
             }
         }
         behind.sort_unstable();
@@ -249,6 +324,46 @@ impl LockTable {
         for (wake, news) in wakes {
             wake(news);
         }
+    }
+
+    /// Lets the request `id`, if it is one for the whole storage that waits, step aside or return at `now`. `patience`: how
+    /// long it lets others pass; `None`: as long as it takes.
+    ///
+    /// Answers when to look again; `None`: it waits no longer, or keeps its place.
+    fn look(&self, id: u64, now: Instant, patience: Option<Duration>) -> Option<Instant> {
+        let mut wakes = Vec::new();
+        let mut guard = self.lock();
+        let table = &mut *guard;
+        let request = table.requests.get(&id)?;
+        let is_whole = matches!(request.keys.first(), Some((Key::Storage, Mode::Exclusive)));
+        if !is_whole || request.blocked == 0 {
+            return None;
+        }
+        let until = patience.map(|patience| request.since + patience);
+        let again = Some(until.map_or(now + OLD, |until| until.min(now + OLD)));
+        let again = match request.stand {
+            Stand::Firm => None,
+            Stand::Aside if until.is_some_and(|until| now >= until) => {
+                table.return_to_queue(id, Stand::Firm, &mut wakes);
+                None
+            }
+            Stand::Aside => again,
+            Stand::Queued if until.is_some_and(|until| now >= until) => None,
+            Stand::Queued => {
+                // Behind another one for the whole storage there is nobody whom it keeps from anything.
+                let shared =
+                    table.queues.get(&Key::Storage).is_some_and(|queue| queue.first.1 == Mode::Shared);
+                if shared && table.has_old(now) {
+                    table.step_aside(id, &mut wakes);
+                }
+                again
+            }
+        };
+        drop(guard);
+        for (wake, news) in wakes {
+            wake(news);
+        }
+        again
     }
 
     /// Number of requests that wait.
@@ -284,7 +399,26 @@ impl LockTable {
     }
 }
 
+/// Somebody who looks after a request for the whole storage while it waits.
+pub(crate) struct Watch {
+    table: Arc<LockTable>,
+    id: u64,
+    patience: Option<Duration>,
+}
+
+impl Watch {
+    /// See [`LockTable::look`]. To be called first [`OLD`] after the request.
+    pub(crate) fn look(&self) -> Option<Instant> {
+        self.table.look(self.id, Instant::now(), self.patience)
+    }
+}
+
 impl LockGuard {
+    /// `patience`: how long a transaction may hold its locks.
+    pub(crate) fn watch(&self, patience: Option<Duration>) -> Watch {
+        Watch { table: Arc::clone(&self.table), id: self.id, patience }
+    }
+
     /// Its transaction was committed: whoever waits for an object that it wrote is to know when it is released.
     pub(crate) fn changed(&mut self) {
         self.changed = true;
@@ -301,6 +435,8 @@ impl Drop for LockGuard {
 pub(crate) struct WholeStorage {
     pub(crate) locks: Arc<LockTable>,
     pub(crate) holder: Arc<str>,
+    /// How long a transaction may hold its locks.
+    pub(crate) patience: Option<Duration>,
 }
 
 impl WholeStorageLock for WholeStorage {
@@ -312,7 +448,15 @@ impl WholeStorageLock for WholeStorage {
             }
         };
         let (guard, now) = self.locks.request(&LockSet::WholeStorage, Arc::clone(&self.holder), wake);
-        // An error would mean that the wake was dropped unsent, which happens only with the guard.
+        let watch = guard.watch(self.patience);
+        let mut look = (!now).then(|| Instant::now() + OLD);
+        while let Some(at) = look {
+            match wait.recv_timeout(at.saturating_duration_since(Instant::now())) {
+                Err(RecvTimeoutError::Timeout) => look = watch.look(),
+                // The wake is dropped unsent only with the guard.
+                Ok(()) | Err(RecvTimeoutError::Disconnected) => return body(),
+            }
+        }
         if now || wait.recv().is_ok() {
             body();
         }
@@ -424,7 +568,123 @@ mod tests {
         assert!(table.lock().queues.is_empty() && table.lock().requests.is_empty());
     }
 
+    /// Looks as a watch does, `seconds` from now.
+    fn look(table: &Arc<LockTable>, asked: &Asked, seconds: u64) -> bool {
+        let now = Instant::now() + Duration::from_secs(seconds);
+        table.look(asked.guard.id, now, Some(Duration::from_secs(30))).is_some()
+    }
+
+    #[test]
+    fn a_hung_client_and_a_wish_for_the_whole_storage_stop_nobody_else() {
+        let table = Arc::new(LockTable::default());
+        let hung = ask(&table, &objects(&[(1, true)]));
+        let whole = ask(&table, &LockSet::WholeStorage);
+        let b = ask(&table, &objects(&[(2, true)]));
+        assert!(look(&table, &whole, 0));
+        assert!(!whole.holds() && !b.holds(), "not before the holder is old");
+        assert!(look(&table, &whole, 2));
+        assert!(!whole.holds() && b.holds());
+        let c = ask(&table, &objects(&[(3, true)]));
+        assert!(c.holds());
+        assert_eq!(table.waiting(), 1);
+        // Nobody is old (the table's clock is not the test's): its turn comes before that of later ones.
+        drop(hung.guard);
+        let d = ask(&table, &objects(&[(4, true)]));
+        assert!(!whole.holds() && !d.holds());
+        drop(b.guard);
+        drop(c.guard);
+        assert!(whole.holds() && !d.holds());
+        assert!(!look(&table, &whole, 2));
+        drop(whole.guard);
+        assert!(d.holds());
+        drop(d.guard);
+        assert!(table.lock().queues.is_empty() && table.lock().requests.is_empty());
+        assert!(table.lock().aside.is_empty() && table.waiting() == 0);
+    }
+
+    #[test]
+    fn the_whole_storage_lets_others_pass_for_a_time_only() {
+        let table = Arc::new(LockTable::default());
+        let hung = ask(&table, &objects(&[(1, true)]));
+        let whole = ask(&table, &LockSet::WholeStorage);
+        assert!(look(&table, &whole, 2));
+        let b = ask(&table, &objects(&[(2, true)]));
+        assert!(b.holds());
+        assert!(!look(&table, &whole, 30), "it needs no more looks");
+        let c = ask(&table, &objects(&[(3, true)]));
+        assert!(!look(&table, &whole, 31));
+        assert!(!c.holds() && !whole.holds());
+        drop(b.guard);
+        drop(hung.guard);
+        assert!(whole.holds() && !c.holds());
+        drop(whole.guard);
+        assert!(c.holds());
+    }
+
+    #[test]
+    fn who_stands_aside_may_give_up() {
+        let table = Arc::new(LockTable::default());
+        let hung = ask(&table, &objects(&[(1, true)]));
+        let whole = ask(&table, &LockSet::WholeStorage);
+        let second = ask(&table, &LockSet::WholeStorage);
+        assert!(look(&table, &whole, 2) && look(&table, &second, 2));
+        drop(whole.guard);
+        assert_eq!(table.waiting(), 1);
+        drop(hung.guard);
+        assert!(second.holds());
+    }
+
     proptest! {
+        /// With looks of all kinds: nothing that conflicts is held at once, somebody always goes on, an early wish for the
+        /// whole storage is passed by nobody who comes later once it was let wait for long enough, and nothing is left behind.
+        #[test]
+        fn stepping_aside_starves_nobody(
+            steps in proptest::collection::vec(
+                (0u8..4, proptest::collection::btree_map(0u64..4, any::<bool>(), 0..3), 0usize..8, 0u8..4), 1..60)
+        ) {
+            let table = Arc::new(LockTable::default());
+            // With the number of the next request when it became firm.
+            let mut living: Vec<(LockSet, Asked, Option<u64>)> = Vec::new();
+            for (step, oids, at, whole) in steps {
+                let at = at % living.len().max(1);
+                match step {
+                    _ if living.is_empty() || step == 0 => {
+                        let oids: Vec<_> = oids.into_iter().collect();
+                        let set = if whole == 0 { LockSet::WholeStorage } else { objects(&oids) };
+                        let asked = ask(&table, &set);
+                        living.push((set, asked, None));
+                    }
+                    1 => drop(living.remove(at)),
+                    2 => drop(look(&table, &living[at].1, 2)),
+                    _ => {
+                        let (_, asked, firm) = &mut living[at];
+                        look(&table, asked, 31);
+                        let table = table.lock();
+                        if firm.is_none() && table.requests[&asked.guard.id].stand == Stand::Firm {
+                            *firm = Some(table.next_id);
+                        }
+                    }
+                }
+                for (at, (set, asked, _)) in living.iter().enumerate().filter(|(_, (_, asked, _))| asked.holds()) {
+                    for (other, earlier, firm) in living[..at].iter().filter(|(other, ..)| conflict(other, set)) {
+                        prop_assert!(!earlier.holds(), "{other:?} and {set:?} at once");
+                        prop_assert!(firm.is_none_or(|firm| asked.guard.id < firm), "{other:?} overtaken by {set:?}");
+                    }
+                }
+                prop_assert!(living.is_empty() || living.iter().any(|(_, asked, _)| asked.holds()));
+                let waiting = living.iter().filter(|(_, asked, _)| !asked.holds()).count();
+                prop_assert_eq!(table.waiting(), waiting);
+            }
+            // Whoever waits gets its turn as those before it end.
+            while !living.is_empty() {
+                let at = living.iter().position(|(_, asked, _)| asked.holds());
+                prop_assert!(at.is_some());
+                drop(living.remove(at.unwrap_or_default()));
+            }
+            let table = table.lock();
+            prop_assert!(table.queues.is_empty() && table.requests.is_empty() && table.aside.is_empty());
+        }
+
         /// Against the obvious rule: granted exactly if no earlier living request conflicts.
         #[test]
         fn grants_are_those_of_the_plain_rule(

@@ -58,7 +58,7 @@ impl Publication {
 }
 
 /// `length` and `size` of a storage, as `info` notices carry them.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct StorageInfo {
     pub(crate) length: u64,
     pub(crate) size: u64,

@@ -131,7 +131,7 @@ impl Default for ServerConfig {
             staging_memory: 64 << 20,
             staging_directory: None,
             handshake_timeout: Duration::from_secs(60),
-            peer_timeout: Duration::from_secs(60),
+            peer_timeout: Duration::from_secs(20),
             slow_operation: Some(Duration::from_secs(1)),
             http: None,
             shutdown_grace: Duration::from_secs(5),
@@ -149,6 +149,23 @@ impl fmt::Debug for ServerConfig {
     }
 }
 
+/// A connection counts as open until this is dropped, however its task ends.
+pub(crate) struct Place(Arc<Shared>);
+
+impl Place {
+    /// `None`: there are too many.
+    pub(crate) fn take(shared: &Arc<Shared>) -> Option<Self> {
+        let place = Self(Arc::clone(shared));
+        (shared.open.fetch_add(1, Ordering::Relaxed) < shared.config.max_connections).then_some(place)
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.0.open.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
 /// What all connections of a server share.
 pub(crate) struct Shared {
     pub(crate) config: ServerConfig,
@@ -158,6 +175,12 @@ pub(crate) struct Shared {
     open: AtomicUsize,
     /// Lines about connections that were refused or never became a client's.
     refusals: Budget,
+    /// Lines about connections that were closed because of what their peer did.
+    closings: Budget,
+    /// Lines about votes that wait in a crowd.
+    pub(crate) crowds: Budget,
+    /// Lines about packs that failed.
+    pub(crate) refused_packs: Budget,
     stopping: AtomicBool,
     pub(crate) seats: Seats,
     /// Bytes of staged records in memory, of all transactions.
@@ -173,6 +196,9 @@ impl Shared {
             hubs,
             open: AtomicUsize::new(0),
             refusals: Budget::default(),
+            closings: Budget::default(),
+            crowds: Budget::default(),
+            refused_packs: Budget::default(),
             stopping: AtomicBool::new(false),
             staged_memory: Arc::default(),
         }
@@ -181,5 +207,24 @@ impl Shared {
     /// Long work should give up.
     pub(crate) fn is_stopping(&self) -> bool {
         self.stopping.load(Ordering::Relaxed)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_place_is_free_again_however_its_connection_ends() {
+        let config = ServerConfig { max_connections: 1, ..ServerConfig::default() };
+        let shared = Arc::new(Shared::new(config, Vec::new()));
+        let panicked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            let _place = Place::take(&shared).expect("the first");
+            assert!(Place::take(&shared).is_none());
+            panic!("in a connection's task");
+        }));
+        assert!(panicked.is_err());
+        assert!(Place::take(&shared).is_some());
+        assert_eq!(shared.open.load(Ordering::Relaxed), 0);
     }
 }

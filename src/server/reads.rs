@@ -10,9 +10,7 @@ use super::undo::with_extension;
 use crate::ids::{Oid, Tid};
 use crate::limits::MAX_NEW_OIDS;
 use crate::pickle::Value;
-use crate::storage::{
-    HistoryEntry, Loaded, NextRecord, PackOptions, PackProgress, Result, Storage, StorageError,
-};
+use crate::storage::{HistoryEntry, Loaded, NextRecord, PackOptions, Result, Storage, StorageError};
 use crate::wire::{Fault, encode_loaded};
 
 /// Entries that `history` may be asked for at once.
@@ -196,29 +194,45 @@ impl Session {
         let worker_hub = Arc::clone(hub);
         let server = Arc::clone(&self.server);
         let holder: Arc<str> = format!("pack, asked by {}", self.who()).into();
-        tracing::info!(client = %self.who(), storage = %hub.id, time, "pack started");
+        if let Some(not_logged) = self.chatter.spend(Instant::now()) {
+            tracing::info!(client = %self.who(), storage = %hub.id, time, not_logged, "pack started");
+        }
         let work = move || {
             let hub = worker_hub;
-            let switch_lock = super::locks::WholeStorage { locks: Arc::clone(&hub.locks), holder };
+            let switch_lock = super::locks::WholeStorage {
+                locks: Arc::clone(&hub.locks),
+                holder,
+                patience: hub.options.transaction_timeout,
+            };
+            // A second pack is refused by the engine, and has no progress to show.
+            let run = hub.pack.begin();
             let options = PackOptions {
                 time,
                 gc: None,
                 references: &*hub.options.references,
                 progress: &mut |progress| {
-                    hub.pack.set(Some(progress.clone()));
+                    if let Some(run) = &run {
+                        run.set(progress);
+                    }
                     !server.is_stopping()
                 },
                 throttle: None,
             };
-            hub.pack.set(Some(PackProgress::default()));
             let packed = hub.storage.pack(options, &switch_lock);
-            hub.pack.set(None);
+            drop(run);
             match &packed {
                 Ok(()) => {
                     tracing::info!(storage = %hub.id, "pack finished");
                     hub.broadcast_info();
                 }
-                Err(error) => tracing::error!(storage = %hub.id, %error, "pack failed"),
+                Err(StorageError::Cancelled) => {
+                    tracing::info!(storage = %hub.id, "pack given up, because the server stops: the storage is as it was");
+                }
+                Err(error) => {
+                    if let Some(not_logged) = server.refused_packs.spend(Instant::now()) {
+                        tracing::error!(storage = %hub.id, %error, not_logged, "pack failed");
+                    }
+                }
             }
             packed.map(|()| Value::None)
         };

@@ -23,14 +23,15 @@ use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
 use tokio::runtime::Handle;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::Shared;
 use super::blobs::{BlobStream, Upload};
 use super::cursors::{CursorCall, Cursors};
 use super::fault;
-use super::hub::{Hub, Registration};
+use super::hub::{Hub, Registration, count};
 use super::mailbox::{Event, Mailbox, Publication, StorageInfo};
-use super::slow::Operation;
+use super::slow::{Budget, Operation};
 use super::transaction::Transaction;
 use crate::ids::{Oid, Tid};
 use crate::pickle::Value;
@@ -43,6 +44,11 @@ use crate::wire::{
 const MAX_JOBS: usize = 16;
 /// With this much unsent output no further request of a client is served.
 pub(crate) const HIGH_WATER: usize = 1 << 20;
+
+/// Characters of a label.
+const MAX_LABEL: usize = 200;
+/// Characters of a reason why a connection was closed.
+const MAX_REASON: usize = 1000;
 
 /// Where the answer of a call goes.
 #[derive(Debug)]
@@ -96,6 +102,8 @@ pub(crate) struct Session {
     /// The views of loads on worker threads, and what was published since the oldest of them.
     pub(crate) slow_loads: Vec<Tid>,
     pub(crate) published_meanwhile: VecDeque<Arc<Publication>>,
+    /// Lines that its calls can write without an end.
+    pub(crate) chatter: Budget,
     hold: usize,
     jobs: usize,
     events: VecDeque<Event>,
@@ -129,6 +137,7 @@ impl Session {
             cursor_calls: VecDeque::new(),
             slow_loads: Vec::new(),
             published_meanwhile: VecDeque::new(),
+            chatter: Budget::default(),
             hold: 0,
             jobs: 0,
             events: VecDeque::new(),
@@ -143,7 +152,8 @@ impl Session {
 
     /// Nothing more is served or told; the connection ends. The first reason counts.
     pub(crate) fn close(&mut self, reason: impl Into<String>) {
-        self.closing.get_or_insert_with(|| reason.into());
+        // It goes to the log, and may quote what the peer sent.
+        self.closing.get_or_insert_with(|| reason.into().chars().take(MAX_REASON).collect());
     }
 
     pub(crate) fn closing(&self) -> Option<&str> {
@@ -324,12 +334,23 @@ impl Session {
             Call::IteratorGc { iids } => self.cursor_call(hub, to, CursorCall::Forget { iids }),
             Call::ServerStatus => Ok(Outcome::Reply(super::status::value(hub))),
             Call::SetClientLabel { label } => {
-                tracing::info!(client = %self.peer, %label, "client label");
-                self.label = label;
-                self.mailbox.introduce(&self.label, self.read_only);
+                self.name(&label);
                 Ok(Outcome::Reply(Value::None))
             }
             Call::Register { .. } | Call::KeepAlive => Ok(Outcome::Reply(Value::None)),
+        }
+    }
+
+    /// Takes a label: shown to people, and in every line about this client, so it is short and one line.
+    fn name(&mut self, label: &str) {
+        let label = printable(label, MAX_LABEL);
+        if label == self.label {
+            return;
+        }
+        self.label = label;
+        self.mailbox.introduce(&self.label, self.read_only);
+        if let Some(not_logged) = self.chatter.spend(Instant::now()) {
+            tracing::info!(client = %self.peer, label = %self.label, not_logged, "client label");
         }
     }
 
@@ -413,13 +434,19 @@ impl Session {
     ) {
         self.jobs += 1;
         let mailbox = Arc::clone(&self.mailbox);
-        self.runtime.spawn_blocking(move || match catch_unwind(AssertUnwindSafe(work)) {
+        self.on_worker(move || match catch_unwind(AssertUnwindSafe(work)) {
             Ok(done) => mailbox.post(Event::Continue(Box::new(move |session: &mut Self| {
                 session.jobs -= 1;
                 then(session, done);
             }))),
             Err(_) => mailbox.condemn("internal error: a worker thread panicked".into()),
         });
+    }
+
+    /// Runs `work` on a worker thread; of a storage with slow calls, when there is one left for it.
+    fn on_worker(&self, work: impl FnOnce() + Send + 'static) {
+        let places = self.registration.as_ref().and_then(|registration| registration.hub.slow_jobs.clone());
+        on_worker(&self.runtime, places, work);
     }
 
     /// As [`Self::background`]; no further request is served until it is done.
@@ -475,6 +502,7 @@ impl Session {
     pub(crate) fn end(mut self) {
         if let Some(registration) = self.registration.take() {
             if self.txn.is_some() {
+                count(&registration.hub.stats.aborts);
                 registration.hub.stats.active_txns.fetch_sub(1, Ordering::Relaxed);
             }
             drop(registration);
@@ -482,8 +510,32 @@ impl Session {
         let unread = self.mailbox.close();
         let runtime = self.runtime.clone();
         if self.txn.is_some() || self.upload.is_some() || !unread.is_empty() || !self.events.is_empty() {
+            // Not one of the places of a storage with slow calls: an abort, of which there is one at a time, ends the waiting of others.
             runtime.spawn_blocking(move || drop((unread, self)));
         }
+    }
+}
+
+/// Runs `work` on a thread that may block, when it gets one of `places`, if there is a choice of those.
+fn on_worker(runtime: &Handle, places: Option<Arc<Semaphore>>, work: impl FnOnce() + Send + 'static) {
+    let Some(places) = places else {
+        runtime.spawn_blocking(work);
+        return;
+    };
+    let holding = |place: OwnedSemaphorePermit| {
+        move || {
+            work();
+            drop(place);
+        }
+    };
+    match Arc::clone(&places).try_acquire_owned() {
+        Ok(place) => drop(runtime.spawn_blocking(holding(place))),
+        Err(_) => drop(runtime.spawn(async move {
+            // It is never closed.
+            if let Ok(place) = places.acquire_owned().await {
+                tokio::task::spawn_blocking(holding(place));
+            }
+        })),
     }
 }
 
@@ -493,6 +545,19 @@ impl ReplyTo {
         let id = std::mem::replace(&mut self.id, MessageId::Seq(0));
         Self { id, ..*self }
     }
+}
+
+/// At most `most` characters of `text`, without what moves a cursor or begins a line.
+fn printable(text: &str, most: usize) -> String {
+    let mut printable = String::new();
+    for character in text.chars().take(most) {
+        if character.is_control() || matches!(character, '\u{2028}' | '\u{2029}') {
+            printable.extend(character.escape_default());
+        } else {
+            printable.push(character);
+        }
+    }
+    printable
 }
 
 /// Keeps `data` without keeping the much larger buffer that it was received in.

@@ -72,6 +72,12 @@ impl OverSocket for ServerStream<Socket> {
     }
 }
 
+impl<S: OverSocket> OverSocket for Box<S> {
+    fn socket(&mut self) -> &mut Socket {
+        (**self).socket()
+    }
+}
+
 fn lost<T>() -> Poll<io::Result<T>> {
     Poll::Ready(Err(io::ErrorKind::NotConnected.into()))
 }

@@ -36,6 +36,7 @@ pub(crate) fn value(hub: &Arc<Hub>) -> Value {
         ("start", ctime(hub.started).into()),
         ("timeout-thread-is-alive", if has_timeout { true.into() } else { "stub".into() }),
         ("last-transaction", format!("{:016x}", hub.registry().last_tid().0).into()),
+        ("transaction_timeouts", number(&stats.timeouts)),
         ("commit_groups", number(&stats.groups)),
         ("blob_uploads", number(&stats.uploads)),
         ("blob_downloads", number(&stats.downloads)),

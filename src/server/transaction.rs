@@ -20,7 +20,7 @@ use tokio::runtime::RuntimeFlavor;
 use super::commit::{FinishJob, Held};
 use super::fault;
 use super::hub::{Hub, count};
-use super::locks::{LockGuard, LockSet, News};
+use super::locks::{LockGuard, LockSet, News, OLD};
 use super::mailbox::Event;
 use super::session::{Outcome, ReplyTo, Served, Session, own};
 use super::staging::Staging;
@@ -36,6 +36,9 @@ use crate::wire::{Fault, TxnKey};
 /// A vote of at most this many operations and bytes is made by the connection's own task.
 const SMALL_OPS: usize = 16;
 const SMALL_BYTES: usize = 1 << 20;
+
+/// Larger oids are not stored.
+const MAX_OID: u64 = i64::MAX as u64;
 
 /// A file of a transaction in progress; removed with it, unless the engine has moved it into place.
 #[derive(Debug)]
@@ -106,7 +109,9 @@ impl Session {
         self.may_write()?;
         if let Some(open) = &self.txn {
             if open.key == key {
-                tracing::info!(client = %self.who(), "duplicate tpc_begin ignored");
+                if let Some(not_logged) = self.chatter.spend(Instant::now()) {
+                    tracing::info!(client = %self.who(), not_logged, "duplicate tpc_begin ignored");
+                }
                 return Ok(Outcome::Reply(Value::None));
             }
             let text = "Multiple simultaneous tpc_begin requests from one client.";
@@ -243,6 +248,10 @@ impl Session {
             drop(self.end_transaction(hub));
             return Err(Fault::new("ZODB.POSException.StorageError", error.to_string()));
         }
+        if let Some(text) = beyond_bounds(&txn.staging.txn) {
+            drop(self.end_transaction(hub));
+            return Err(Fault::new("ZODB.POSException.StorageError", text));
+        }
         let set = LockSet::of(&txn.staging.txn, hub.capabilities.concurrent_votes);
         txn.vote = vote;
         self.votes = vote;
@@ -253,6 +262,15 @@ impl Session {
             })));
         };
         let (locks, now) = hub.locks.request(&set, who.into(), wake);
+        if !now && set == LockSet::WholeStorage {
+            let watch = locks.watch(hub.options.transaction_timeout);
+            self.runtime.spawn(async move {
+                tokio::time::sleep(OLD).await;
+                while let Some(at) = watch.look() {
+                    tokio::time::sleep_until(at.into()).await;
+                }
+            });
+        }
         let to = to.take();
         if now {
             hub.stats.lock_wait_seconds.record(Duration::ZERO);
@@ -260,8 +278,10 @@ impl Session {
         } else if let Some(txn) = &mut self.txn {
             txn.phase = Phase::Waiting { locks, to, asked: Instant::now() };
             let waiting = hub.locks.waiting();
-            if waiting > 9 {
-                tracing::warn!(storage = %hub.id, client = %self.who(), waiting, "many transactions wait for locks");
+            if waiting > 9
+                && let Some(not_logged) = self.server.crowds.spend(Instant::now())
+            {
+                tracing::warn!(storage = %hub.id, client = %self.who(), waiting, not_logged, "many transactions wait for locks");
             }
             self.give_up_if_lost(vote);
         }
@@ -431,12 +451,25 @@ impl Session {
         if txn.deadline().is_none_or(|deadline| Instant::now() < deadline) {
             return;
         }
+        if let Some(registration) = &self.registration {
+            count(&registration.hub.stats.timeouts);
+        }
         let age = txn.since().map_or(Duration::ZERO, |since| since.elapsed());
         let storage = self.registration.as_ref().map_or("", |registration| &registration.hub.id);
         let critical = true;
         tracing::error!(critical, client = %self.peer, label = %self.label, storage, age = ?age, "transaction timeout: aborted, client dropped");
         self.close(format!("its transaction held locks of storage {storage} for {age:.1?}"));
     }
+}
+
+/// What is wrong with an oid or a tid of a transaction. ZODB's tools take both for signed numbers, and after the largest one
+/// no other could be given.
+fn beyond_bounds(staged: &StagedTxn) -> Option<String> {
+    if let Some(tid) = staged.tid.filter(|tid| *tid >= Tid::MAX) {
+        return Some(format!("the transaction's tid {tid} is larger than any that a storage can have"));
+    }
+    let oid = staged.ops.iter().filter_map(Op::oid).find(|oid| oid.0 >= MAX_OID)?;
+    Some(format!("the oid {oid} is larger than any that a storage can give"))
 }
 
 /// How a vote ended. Of the two that keep locks, `Ready` does so until finish or abort.

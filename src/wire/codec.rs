@@ -255,7 +255,7 @@ impl Message {
     fn decode(encoding: Encoding, frame: &Bytes, globals: Globals) -> Result<Self, WireError> {
         let value = match encoding {
             Encoding::Pickle => pickle::decode(frame, globals)?,
-            Encoding::Msgpack => msgpack::decode(frame)?,
+            Encoding::Msgpack => msgpack::decode(frame, globals.max_values())?,
         };
         let (Value::Tuple(items) | Value::List(items)) = value else {
             return Err(WireError::message("it is no tuple"));

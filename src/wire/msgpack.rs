@@ -4,16 +4,16 @@ use bytes::Bytes;
 use rmp::Marker;
 
 use super::WireError;
-use crate::limits::{MAX_DEPTH, MAX_VALUES};
+use crate::limits::MAX_DEPTH;
 use crate::pickle::Value;
 
 /// Decodes the one value that `src` consists of. Byte strings share its buffer.
 ///
 /// # Errors
 /// [`WireError::Msgpack`], also for bytes behind the value, extension types, text that is no UTF-8, and beyond
-/// [`MAX_DEPTH`] or [`MAX_VALUES`].
-pub(super) fn decode(src: &Bytes) -> Result<Value, WireError> {
-    let mut reader = Reader { src, pos: 0, values: 0 };
+/// [`MAX_DEPTH`] or `max_values`.
+pub(super) fn decode(src: &Bytes, max_values: usize) -> Result<Value, WireError> {
+    let mut reader = Reader { src, pos: 0, values: 0, max_values };
     let value = reader.value(0)?;
     if reader.pos != src.len() {
         return Err(reader.error("something follows the message"));
@@ -25,6 +25,7 @@ struct Reader<'a> {
     src: &'a Bytes,
     pos: usize,
     values: usize,
+    max_values: usize,
 }
 
 impl<'a> Reader<'a> {
@@ -52,7 +53,7 @@ impl<'a> Reader<'a> {
 
     fn value(&mut self, depth: usize) -> Result<Value, WireError> {
         self.values += 1;
-        if depth > MAX_DEPTH || self.values > MAX_VALUES {
+        if depth > MAX_DEPTH || self.values > self.max_values {
             return Err(self.error("too many values or too deep nesting"));
         }
         let marker = Marker::from_u8(self.number::<1>()? as u8);

@@ -485,3 +485,20 @@ fn faults_are_read_as_they_were_written() {
         }
     }
 }
+
+/// A message that a server is to understand does not become many times its size in memory.
+#[test]
+fn a_request_has_not_too_many_values() {
+    for encoding in BOTH {
+        let gc = |count: i64| {
+            let call = Call::IteratorGc { iids: (0..count).collect() };
+            let mut out = BytesMut::new();
+            encode_call(encoding, &MessageId::Seq(5), false, &call, &mut out).unwrap();
+            decode_request(encoding, &unframed(out))
+        };
+        assert!(
+            matches!(gc(100_000), Ok(Request { call: Ok(Call::IteratorGc { iids }), .. }) if iids.len() == 100_000)
+        );
+        assert!(gc(200_000).is_err(), "{encoding:?}");
+    }
+}

@@ -241,8 +241,8 @@ def test_who_holds_and_who_waits(tmp_path):
         assert "(web 7)" in holder["client"] and not holder["waiting"] and holder["objects"] == 1
         assert "(batch)" in waiter["client"] and waiter["waiting"]
         shown = run("status", server.addresses[0])[1]
-        assert re.search(r"\(web 7\) holds 1 objects for [\d.]+ s", shown), shown
-        assert re.search(r"\(batch\) waits for 1 objects for [\d.]+ s", shown), shown
+        assert re.search(r"\(web 7\) holds 1 object for [\d.]+ s", shown), shown
+        assert re.search(r"\(batch\) waits for 1 object for [\d.]+ s", shown), shown
         one.call("tpc_abort", 1)
         two.answer(waiting)
 
@@ -261,7 +261,7 @@ def test_scans_do_not_fill_the_log(tmp_path):
                 ask(server.address, 20)
         log = log_of(server, tmp_path)
     # the first few say what comes; whoever only looks whether the port is open, or asks `ruok`, is in no line
-    assert 1 <= log.count("127.0.0.1:") - log.count("listening on") <= 15, log
+    assert 1 <= log.count("127.0.0.1:") - log.count("listening") <= 15, log
 
 
 def test_a_label_with_lines_is_one_line_of_a_json_log(tmp_path):
@@ -270,8 +270,9 @@ def test_a_label_with_lines_is_one_line_of_a_json_log(tmp_path):
         peer.cast("set_client_label", 'a\n"b" \u00e9')
         peer.call("ping")
     assert server.end() == 0
-    messages = [json.loads(line)["message"] for line in server.stderr.splitlines()]
-    assert any('a\n"b" \u00e9' in message for message in messages)
+    lines = [json.loads(line) for line in server.stderr.splitlines()]
+    (line,) = [line for line in lines if line["message"] == "client label"]
+    assert line["label"] == 'a\\n"b" \u00e9' and line["client"].startswith("127.0.0.1:"), line
 
 
 # -- sockets from systemd

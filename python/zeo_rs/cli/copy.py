@@ -7,7 +7,7 @@ from zeo_rs.cli.progress import Bar
 from zeo_rs.copying import copy
 from zeo_rs.uri import open_storage
 
-STORAGE = "Data.fs, zeo://HOST:PORT?storage=NAME, zeo:///SOCKET, or FILE.conf#NAME"
+STORAGE = "Data.fs, zeo://HOST:PORT?storage=NAME, zeo:///SOCKET, or FILE.conf#NAME; TLS: &ssl_certificate=PEM&ssl_key=PEM&ssl_authenticate=PEM"
 
 
 def arguments(parser):

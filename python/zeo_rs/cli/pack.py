@@ -5,7 +5,7 @@ import os
 import time
 from concurrent.futures import ThreadPoolExecutor, wait
 
-from zeo_rs.cli import fail
+from zeo_rs.cli import fail, ssl_options
 from zeo_rs.cli.progress import Progress
 from zeo_rs.config import client_address
 
@@ -24,6 +24,7 @@ def arguments(parser):
     add("--no-keep-old", action="store_true", help="do not keep the previous file as DATA.FS.old")
     add("--blob-dir", metavar="DIRECTORY")
     add("--throttle", type=throttle, metavar="BYTES", help="read and write at most so much a second")
+    ssl_options.arguments(parser)
     add("-q", "--quiet", action="store_true", help="no summary, no progress")
 
 
@@ -54,7 +55,7 @@ def run(args):
 def pack_server(args):
     from zeo_rs import ClientStorage
 
-    storage = ClientStorage(client_address(args.target), storage=args.storage)
+    storage = ClientStorage(client_address(args.target), storage=args.storage, **ssl_options.for_storage(args))
     progress = Progress(args.quiet)
     pool = ThreadPoolExecutor(1)
     try:

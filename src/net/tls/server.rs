@@ -14,7 +14,8 @@ use tokio_rustls::LazyConfigAcceptor;
 
 use super::explain::Explain;
 use super::key::{Identity, Password};
-use super::verify::PeerVerifier;
+use super::trust::TrustStore;
+use super::verify::{PeerVerifier, Said, told};
 use super::{Authenticate, PemSource, TlsError, Trust, provider, read_added};
 
 /// An accepted connection.
@@ -52,7 +53,16 @@ pub struct ServerTls {
     options: ServerTlsOptions,
     identity: RwLock<Arc<Identity>>,
     trust: Trust,
+    /// What was made of the two; used again while they are the same. (A connection keeps it for as long as it lives.)
+    made: Mutex<Option<Made>>,
     told: Mutex<HashMap<String, Instant>>,
+}
+
+#[derive(Debug, Clone)]
+struct Made {
+    identity: Arc<Identity>,
+    trust: Arc<TrustStore>,
+    config: Arc<ServerConfig>,
 }
 
 impl ServerTls {
@@ -60,7 +70,7 @@ impl ServerTls {
     pub fn new(options: ServerTlsOptions) -> Result<Self, TlsError> {
         let identity = RwLock::new(Arc::new(options.identity()?));
         let trust = Trust::load(options.authenticate.clone())?;
-        Ok(Self { options, identity, trust, told: Mutex::default() })
+        Ok(Self { options, identity, trust, made: Mutex::default(), told: Mutex::default() })
     }
 
     /// Reads the files again, for new connections (SIGHUP). On an error everything stays as it was.
@@ -104,14 +114,11 @@ impl ServerTls {
         S: AsyncRead + AsyncWrite + Unpin,
     {
         let identity = self.identity.read().unwrap_or_else(PoisonError::into_inner).clone();
-        let provider = provider();
-        let algorithms = provider.signature_verification_algorithms;
-        let (verifier, said) = PeerVerifier::new(self.trust.current(), false, algorithms);
         let explain = Explain {
             peer: format!("the client {peer}"),
             is_client: false,
             own: Some(identity.name.clone()),
-            said,
+            said: Said::default(),
         };
 
         let deadline = tokio::time::Instant::now() + within;
@@ -133,18 +140,37 @@ impl ServerTls {
                 return Err(explain.silent(hello_within));
             }
         };
-        let mut config = ServerConfig::builder_with_provider(provider)
-            .with_safe_default_protocol_versions()
-            .map_err(|error| explain.rustls(&error))?
-            .with_client_cert_verifier(verifier)
-            .with_cert_resolver(Arc::new(SingleCertAndKey::from(identity.certified.clone())));
-        config.session_storage = Arc::new(NoServerSessionStorage {});
-        config.send_tls13_tickets = 0;
-        match tokio::time::timeout_at(deadline, start.into_stream(Arc::new(config))).await {
+        let config = self.config(identity).map_err(|error| explain.rustls(&error))?;
+        let handshake = told(&explain.said, start.into_stream(config));
+        match tokio::time::timeout_at(deadline, handshake).await {
             Ok(Ok(stream)) => Ok(stream),
             Ok(Err(error)) => Err(explain.io(&error)),
             Err(_) => Err(explain.closed()),
         }
+    }
+}
+
+impl ServerTls {
+    fn config(&self, identity: Arc<Identity>) -> Result<Arc<ServerConfig>, rustls::Error> {
+        let trust = self.trust.current();
+        let mut made = self.made.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(made) = &*made
+            && Arc::ptr_eq(&made.identity, &identity)
+            && Arc::ptr_eq(&made.trust, &trust)
+        {
+            return Ok(Arc::clone(&made.config));
+        }
+        let provider = provider();
+        let verifier = PeerVerifier::shared(Arc::clone(&trust), provider.signature_verification_algorithms);
+        let mut config = ServerConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()?
+            .with_client_cert_verifier(verifier)
+            .with_cert_resolver(Arc::new(SingleCertAndKey::from(identity.certified.clone())));
+        config.session_storage = Arc::new(NoServerSessionStorage {});
+        config.send_tls13_tickets = 0;
+        let config = Arc::new(config);
+        *made = Some(Made { identity, trust, config: Arc::clone(&config) });
+        Ok(config)
     }
 }
 

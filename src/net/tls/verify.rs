@@ -1,9 +1,14 @@
 //! rustls asks here whether it may talk to the peer: trust and host name by [`super::trust`], and the handshake signature, which
 //! proves that the peer holds the key of the certificate it shows.
 //!
-//! A verifier serves one connection, so that the reason of a refusal, which rustls reduces to an alert, can be told with it.
+//! The reason of a refusal, which rustls reduces to an alert, is to be told with it. A client's verifier serves one connection and
+//! keeps it; a server's, which all connections share, leaves it in its thread, where [`told`] finds it: rustls verifies within
+//! one step of a handshake.
 
+use std::cell::RefCell;
 use std::fmt;
+use std::future::{Future, poll_fn};
+use std::pin::pin;
 use std::sync::{Arc, OnceLock};
 
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
@@ -17,13 +22,33 @@ use rustls::{
 use super::certificate::Certificate;
 use super::trust::{Refused, TrustStore, Usage};
 
-/// Checks the certificate of one connection's peer, and remembers what it found wrong.
+thread_local! {
+    /// What a verifier without a memory of its own has found wrong.
+    static REFUSAL: RefCell<Option<String>> = const { RefCell::new(None) };
+}
+
+/// Makes a handshake, and keeps in `said` what a shared verifier finds wrong in it.
+pub(super) async fn told<F: Future>(said: &Said, handshake: F) -> F::Output {
+    let mut handshake = pin!(handshake);
+    poll_fn(|cx| {
+        REFUSAL.take();
+        let polled = handshake.as_mut().poll(cx);
+        if let Some(text) = REFUSAL.take() {
+            said.keep(text);
+        }
+        polled
+    })
+    .await
+}
+
+/// Checks the certificates of peers, and says what it found wrong.
 pub(super) struct PeerVerifier {
     trust: Arc<TrustStore>,
     /// Clients only: whether the certificate must be for the host.
     check_hostname: bool,
     algorithms: WebPkiSupportedAlgorithms,
-    said: Said,
+    /// `None`: several connections share it.
+    said: Option<Said>,
 }
 
 /// What was found about the peer's certificate.
@@ -35,6 +60,11 @@ impl Said {
     pub(super) fn refusal(&self) -> Option<&str> {
         self.0.get().map(String::as_str)
     }
+
+    /// One connection verifies once; were it twice, the first reason is the one that counts.
+    fn keep(&self, text: String) {
+        let _ = self.0.set(text);
+    }
 }
 
 impl PeerVerifier {
@@ -44,7 +74,12 @@ impl PeerVerifier {
         algorithms: WebPkiSupportedAlgorithms,
     ) -> (Arc<Self>, Said) {
         let said = Said::default();
-        (Arc::new(Self { trust, check_hostname, algorithms, said: said.clone() }), said)
+        (Arc::new(Self { trust, check_hostname, algorithms, said: Some(said.clone()) }), said)
+    }
+
+    /// For all connections of a server; see [`told`].
+    pub(super) fn shared(trust: Arc<TrustStore>, algorithms: WebPkiSupportedAlgorithms) -> Arc<Self> {
+        Arc::new(Self { trust, check_hostname: false, algorithms, said: None })
     }
 
     fn verify(
@@ -70,8 +105,10 @@ impl PeerVerifier {
     }
 
     fn refuse(&self, error: CertificateError, text: String) -> Error {
-        // One connection verifies once; were it twice, the first reason is the one that counts.
-        let _ = self.said.0.set(text);
+        match &self.said {
+            Some(said) => said.keep(text),
+            None => drop(REFUSAL.replace(Some(text))),
+        }
         Error::InvalidCertificate(error)
     }
 

@@ -54,7 +54,16 @@ impl Collector for Storages {
         families.counter("commit_groups", "groups of transactions that shared a sync", |hub| {
             read(&hub.stats.groups)
         })?;
-        families.counter("aborts", "aborted transactions", |hub| read(&hub.stats.aborts))?;
+        families.counter(
+            "aborts",
+            "transactions that were aborted, or ended with their connection",
+            |hub| read(&hub.stats.aborts),
+        )?;
+        families.counter(
+            "transaction_timeouts",
+            "transactions that held their locks for too long",
+            |hub| read(&hub.stats.timeouts),
+        )?;
         families
             .counter("conflicts", "votes that failed with a conflict", |hub| read(&hub.stats.conflicts))?;
         families.counter("conflicts_resolved", "objects whose conflict was resolved", |hub| {
@@ -83,8 +92,8 @@ impl Collector for Storages {
         families.gauge("longest_lock_age_seconds", "age of the oldest lock", |hub| {
             hub.locks.held_since().map_or(0.0, |since| since.elapsed().as_secs_f64())
         })?;
-        families.gauge("objects", "objects in the storage", |hub| hub.storage.object_count() as f64)?;
-        families.gauge("size_bytes", "size of the storage", |hub| hub.storage.size() as f64)?;
+        families.gauge("objects", "objects in the storage", |hub| hub.known_info().length as f64)?;
+        families.gauge("size_bytes", "size of the storage", |hub| hub.known_info().size as f64)?;
         families.gauge("last_transaction_time_seconds", "Unix time of the last transaction", |hub| {
             hub.registry().last_tid().to_unix()
         })?;

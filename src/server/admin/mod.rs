@@ -30,7 +30,7 @@ use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
-use tokio::time::timeout;
+use tokio::time::{timeout, timeout_at};
 
 use super::Shared;
 
@@ -38,6 +38,9 @@ use super::Shared;
 const MAX_CONNECTIONS: usize = 64;
 /// A connection lives no longer than this.
 const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Storages in Python have so long to say how they are.
+const LOOK: Duration = Duration::from_secs(1);
 
 /// Answers requests, until the runtime ends.
 pub(crate) async fn serve(listener: TcpListener, shared: Arc<Shared>) {
@@ -53,7 +56,7 @@ pub(crate) async fn serve(listener: TcpListener, shared: Arc<Shared>) {
         tokio::spawn(async move {
             let service = service_fn(move |request| {
                 let shared = Arc::clone(&shared);
-                async move { Ok::<_, Infallible>(answer(&shared, &request)) }
+                async move { Ok::<_, Infallible>(answer(&shared, &request).await) }
             });
             let connection = hyper::server::conn::http1::Builder::new()
                 .timer(TokioTimer::new())
@@ -71,15 +74,23 @@ pub(crate) async fn serve(listener: TcpListener, shared: Arc<Shared>) {
 pub(crate) async fn watch_rates(shared: Arc<Shared>) {
     loop {
         for hub in &shared.hubs {
+            if hub.capabilities.slow_calls {
+                // `/readyz` tells what is found here; it asks nobody itself.
+                let hub = Arc::clone(hub);
+                drop(tokio::task::spawn_blocking(move || hub.look()));
+            }
             hub.rates.sample(Instant::now(), rates::counters(&hub.stats));
         }
         tokio::time::sleep(rates::SAMPLE_EVERY).await;
     }
 }
 
-fn answer(shared: &Arc<Shared>, request: &Request<Incoming>) -> Response<Full<Bytes>> {
+async fn answer(shared: &Arc<Shared>, request: &Request<Incoming>) -> Response<Full<Bytes>> {
     if request.method() != Method::GET && request.method() != Method::HEAD {
         return text(StatusCode::METHOD_NOT_ALLOWED, "this listener only answers GET\n");
+    }
+    if matches!(request.uri().path(), "/metrics" | "/status.json" | "/") {
+        look(shared).await;
     }
     match request.uri().path() {
         "/metrics" => match metrics::render(shared) {
@@ -97,13 +108,30 @@ fn answer(shared: &Arc<Shared>, request: &Request<Incoming>) -> Response<Full<By
     }
 }
 
+/// Lets the storages in Python say how they are, on worker threads. Who does not in time is shown as it was.
+async fn look(shared: &Shared) {
+    let until = tokio::time::Instant::now() + LOOK;
+    let looks: Vec<_> = shared
+        .hubs
+        .iter()
+        .filter(|hub| hub.capabilities.slow_calls)
+        .map(|hub| {
+            let hub = Arc::clone(hub);
+            tokio::task::spawn_blocking(move || hub.look())
+        })
+        .collect();
+    for look in looks {
+        let _ = timeout_at(until, look).await;
+    }
+}
+
 /// Whether clients can do what the configuration lets them.
 fn readiness(shared: &Shared) -> Result<(), String> {
     if shared.is_stopping() {
         return Err("the server is stopping".into());
     }
     for hub in &shared.hubs {
-        if let Some(reason) = hub.storage.write_failure() {
+        if let Some(reason) = hub.known_failure() {
             return Err(format!("storage {}: {reason}", hub.id));
         }
     }

@@ -23,9 +23,10 @@ pub(super) fn status(shared: &Arc<Shared>) -> Value {
                 json!({"count": histogram.count(), "p50": histogram.quantile(0.5), "p99": histogram.quantile(0.99)})
             };
             if let Value::Object(fields) = &mut storage {
-                fields.insert("name".into(), hub.storage.name().into());
-                fields.insert("objects".into(), hub.storage.object_count().into());
-                fields.insert("size".into(), hub.storage.size().into());
+                fields.insert("name".into(), hub.name.as_str().into());
+                let info = hub.known_info();
+                fields.insert("objects".into(), info.length.into());
+                fields.insert("size".into(), info.size.into());
                 fields.insert("clients".into(), hub.clients().into_iter().map(client).collect());
                 fields.insert("load_seconds".into(), latency(&hub.stats.load_seconds));
                 fields.insert("finish_seconds".into(), latency(&hub.stats.finish_seconds));
@@ -34,7 +35,7 @@ pub(super) fn status(shared: &Arc<Shared>) -> Value {
                 let rates: serde_json::Map<_, _> =
                     rates::NAMES.iter().zip(now).map(|(name, rate)| ((*name).into(), json!(rate))).collect();
                 fields.insert("rates".into(), rates.into());
-                fields.insert("write_failure".into(), hub.storage.write_failure().into());
+                fields.insert("write_failure".into(), hub.known_failure().into());
             }
             (hub.id.clone(), storage)
         })

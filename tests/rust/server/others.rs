@@ -11,7 +11,7 @@ use zeo_rs::server::ServerConfig;
 use zeo_rs::storage::{Conflict, ConflictResolver, Resolution, Storage};
 use zeo_rs::wire::{Call, Encoding};
 
-use crate::peer::{Gate, Gated, PATIENCE, Peer, memory, serve};
+use crate::peer::{Gate, Gated, PATIENCE, Peer, memory, serve, serve_all};
 
 /// Merges everything, when the test lets it.
 #[derive(Default)]
@@ -213,4 +213,124 @@ fn a_stop_in_the_midst_of_commits_loses_nothing_acknowledged() {
     let acknowledged = acknowledged.into_inner().unwrap();
     assert!(acknowledged.is_subset(&there));
     assert!(there.len() - acknowledged.len() <= CLIENTS as usize);
+}
+
+#[test]
+fn a_storage_that_hangs_leaves_the_others_their_threads() {
+    let hanging = Gated::slow();
+    let storages = vec![("1".into(), memory() as _), ("hangs".into(), Arc::clone(&hanging) as _)];
+    let server = serve_all(ServerConfig::default(), storages);
+    hanging.loads.shut();
+    // more calls than the runtime has threads that may block
+    let mut stuck: Vec<Peer> = (0..40).map(|_| Peer::unregistered(&server, Encoding::Msgpack)).collect();
+    for peer in &mut stuck {
+        peer.register("hangs", false).unwrap();
+        for oid in 0..16 {
+            peer.send(&Call::LoadBefore { oid: Oid(oid), before: Tid::MAX }, false);
+        }
+    }
+    hanging.loads.wait_for(64);
+    let mut other = Peer::new(&server, Encoding::Msgpack);
+    other.call(Call::NewOids { count: 1 }).unwrap();
+    other.commit(1, Tid::ZERO, b"one").unwrap();
+    other.call(Call::History { oid: Oid(1), size: 1 }).unwrap();
+    // each of them gets its turn
+    hanging.loads.open();
+    hanging.loads.wait_for(40 * 16);
+    for peer in &mut stuck {
+        for _ in 0..16 {
+            assert!(peer.loaded().is_err());
+        }
+    }
+}
+
+/// Nor a pack or an undo that waits behind one.
+#[test]
+fn a_hung_client_stops_only_who_wants_its_objects() {
+    let config =
+        ServerConfig { transaction_timeout: Some(Duration::from_secs(600)), ..ServerConfig::default() };
+    let server = serve(config, memory());
+    let mut hung = Peer::new(&server, Encoding::Pickle);
+    hung.begin(1);
+    hung.store(1, 1, Tid::ZERO, b"one");
+    hung.vote(1).unwrap();
+    let mut packing = Peer::new(&server, Encoding::Msgpack);
+    let pack = packing.send(&Call::Pack { time: 1e9, wait: true }, false);
+    // with a tid of its own, as a copy has it: that takes the whole storage
+    let mut whole = Peer::new(&server, Encoding::Msgpack);
+    let mut begin = Call::TpcBegin {
+        txn: Value::Int(1),
+        user: Bytes::new(),
+        description: Bytes::new(),
+        extension: Value::Dict(Vec::new()),
+        tid: Some(Tid::from_unix(4e9).unwrap()),
+        status: b' ',
+    };
+    whole.cast(begin.clone());
+    whole.store(1, 2, Tid::ZERO, b"two");
+    let vote = whole.send(&Call::Vote { txn: Value::Int(1) }, false);
+    whole.ping_before(&vote);
+    let mut other = Peer::new(&server, Encoding::Pickle);
+    let third = other.commit(3, Tid::ZERO, b"three").unwrap();
+    whole.ping_before(&vote);
+    other.commit(3, third, b"again").unwrap();
+    hung.abort(1);
+    assert_eq!(whole.answer(&vote).unwrap(), Value::Tuple(Vec::new()));
+    whole.abort(1);
+    packing.answer(&pack).unwrap();
+    // what no storage could have is refused, with its reason
+    if let Call::TpcBegin { tid, .. } = &mut begin {
+        *tid = Some(Tid::MAX);
+    }
+    whole.cast(begin);
+    let refused = whole.vote(1).unwrap_err();
+    assert!(format!("{refused:?}").contains("larger than any"), "{refused:?}");
+    whole.begin(1);
+    whole.store(1, u64::MAX, Tid::ZERO, b"x");
+    let refused = whole.vote(1).unwrap_err();
+    assert!(format!("{refused:?}").contains("0xffffffffffffffff"), "{refused:?}");
+    assert!(other.commit(4, Tid::ZERO, b"four").unwrap() < Tid::from_unix(4e9).unwrap());
+}
+
+#[test]
+fn times_of_packs_that_mean_nothing_are_refused() {
+    let server = serve(ServerConfig::default(), memory());
+    let mut peer = Peer::new(&server, Encoding::Msgpack);
+    peer.commit(1, Tid::ZERO, b"one").unwrap();
+    for time in [1e300, f64::NAN, f64::INFINITY, f64::NEG_INFINITY, -1e300, 1e15] {
+        let fault = peer.call(Call::Pack { time, wait: true }).unwrap_err();
+        assert!(format!("{fault:?}").contains("Unix time"), "{fault:?}");
+        peer.cast(Call::SetClientLabel { label: "still here".into() });
+    }
+    for time in [-5.0, 0.0, 4e9] {
+        peer.call(Call::Pack { time, wait: true }).unwrap();
+    }
+    assert_eq!(peer.call(Call::ServerStatus).unwrap().get("pack"), Some(&Value::None));
+}
+
+#[test]
+fn transactions_that_end_with_their_connection_are_counted() {
+    let config =
+        ServerConfig { transaction_timeout: Some(Duration::from_millis(100)), ..ServerConfig::default() };
+    let server = serve(config, memory());
+    let mut watcher = Peer::new(&server, Encoding::Pickle);
+    let mut gone = Peer::new(&server, Encoding::Pickle);
+    gone.begin(1);
+    gone.ping();
+    drop(gone);
+    let mut hung = Peer::new(&server, Encoding::Msgpack);
+    hung.begin(1);
+    hung.vote(1).unwrap();
+    hung.expect_closed();
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let status = watcher.call(Call::ServerStatus).unwrap();
+        let number = |name| status.get(name).and_then(Value::as_int);
+        if (number("aborts"), number("transaction_timeouts"), number("active_txns"))
+            == (Some(2), Some(1), Some(0))
+        {
+            break;
+        }
+        assert!(Instant::now() < deadline, "{status:?}");
+    }
 }

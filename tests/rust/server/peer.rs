@@ -379,6 +379,8 @@ pub(crate) struct Gated {
     pub(crate) uploads: Gate,
     pub(crate) fails: Mutex<Option<StorageError>>,
     pub(crate) quick_loads: bool,
+    /// It is never called from the event loop, as one in Python.
+    pub(crate) slow_calls: bool,
     pub(crate) below: Mutex<Option<Arc<dyn InvalidationSink>>>,
 }
 
@@ -388,7 +390,16 @@ impl Gated {
     }
 
     pub(crate) fn over(inner: MemoryStorage, quick_loads: bool) -> Arc<Self> {
-        Arc::new(Self {
+        Arc::new(Self::plain(inner, quick_loads))
+    }
+
+    /// As a storage in Python.
+    pub(crate) fn slow() -> Arc<Self> {
+        Arc::new(Self { slow_calls: true, ..Self::plain(MemoryStorage::new("slow"), false) })
+    }
+
+    fn plain(inner: MemoryStorage, quick_loads: bool) -> Self {
+        Self {
             inner,
             loads: Gate::default(),
             votes: Gate::default(),
@@ -398,8 +409,9 @@ impl Gated {
             uploads: Gate::default(),
             fails: Mutex::default(),
             quick_loads,
+            slow_calls: false,
             below: Mutex::default(),
-        })
+        }
     }
 }
 
@@ -411,7 +423,7 @@ impl Storage for Gated {
         false
     }
     fn capabilities(&self) -> Capabilities {
-        self.inner.capabilities()
+        Capabilities { slow_calls: self.slow_calls, ..self.inner.capabilities() }
     }
     fn object_count(&self) -> u64 {
         self.inner.object_count()
