@@ -565,3 +565,20 @@ def test_the_switch_does_not_copy_what_its_lock_was_waited_for(tmp_path):
     assert phases[-3:] == ["switch", "catch up", "switch"], phases
     assert len(list(storage.iterator())) > 1
     storage.close()
+
+
+def test_the_bar_of_a_phase_without_bytes_counts_objects(monkeypatch, capsys):
+    from zeo_rs.cli.progress import Progress
+
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    progress = Progress()
+    at = {"phase": "mark", "bytes_done": 0, "bytes_total": 0, "objects_done": 0, "objects_total": 10}
+    progress(at)
+    progress(at | {"objects_done": 5})
+    assert (progress._bar.n, progress._bar.total) == (5, 10)
+    # more than was thought: what later transactions need
+    progress(at | {"objects_done": 12})
+    assert progress._bar.n == 10
+    progress({"phase": "copy", "bytes_done": 3, "bytes_total": 7, "objects_done": 1, "objects_total": 0})
+    assert (progress._bar.n, progress._bar.total) == (3, 7)
+    progress.end()
