@@ -45,7 +45,7 @@ use connection::Connection;
 use core::{Core, is_in_callback};
 use keeper::{Event, Keeper};
 use stream::Wake;
-use transaction::Txn;
+use transaction::Place;
 
 pub use blob::{BlobProgress, BlobStats};
 pub use core::{DatabaseCallbacks, Session};
@@ -74,7 +74,7 @@ pub struct Client {
     unconnected: Mutex<Option<Receiver<Event>>>,
     /// oids given by the current connection, to be handed out in ascending order.
     oids: Mutex<(u64, VecDeque<Oid>)>,
-    txn: Mutex<Option<Txn>>,
+    txn: Mutex<Option<Place>>,
     txn_ended: Condvar,
 }
 
@@ -225,14 +225,15 @@ impl Client {
         self.state().read_only
     }
 
-    /// The last transaction that the database has been told of. One atomic read.
+    /// The last transaction that the database has been told of. Waits while it is about to move, for a callback:
+    /// not to be called with a lock that callbacks want. Otherwise one atomic read.
     pub fn last_tid(&self) -> Tid {
         self.core.last_tid()
     }
 
-    /// True if [`Self::last_tid`] would wait for a verification to end.
-    pub fn last_tid_waits(&self) -> bool {
-        self.core.is_gated()
+    /// [`Self::last_tid`] for who must not wait; `None` if it would.
+    pub fn try_last_tid(&self) -> Option<Tid> {
+        self.core.try_last_tid()
     }
 
     pub fn cache(&self) -> &Cache {

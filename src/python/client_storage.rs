@@ -213,7 +213,8 @@ impl ClientStorageBase {
 
     fn lastTransaction<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyBytes>> {
         let client = self.client()?;
-        let tid = if client.last_tid_waits() { py.detach(|| client.last_tid()) } else { client.last_tid() };
+        // What is waited for may be a callback, which wants the GIL: it is never kept while waiting.
+        let tid = client.try_last_tid().unwrap_or_else(|| py.detach(|| client.last_tid()));
         Ok(tid_bytes(py, tid))
     }
 
@@ -370,7 +371,9 @@ impl ClientStorageBase {
             (text("user")?, text("description")?, extension_of(transaction)?);
         let key = key_of(transaction);
         self.wait(py, |client| client.tpc_begin(key, user, description, extension, tid, status))?;
-        *self.transaction() = Some(transaction.clone().unbind());
+        // Dropped without the lock: that may run Python code.
+        let ended = self.transaction().replace(transaction.clone().unbind());
+        drop(ended);
         Ok(())
     }
 

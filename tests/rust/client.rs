@@ -152,7 +152,7 @@ impl FakeServer {
         socket.set_nodelay(true).unwrap();
         let mut peer = Peer {
             socket,
-            frames: FrameReader::new(1 << 20),
+            frames: FrameReader::new(128 << 20),
             received: BytesMut::new(),
             encoding: self.encoding,
         };
@@ -990,4 +990,90 @@ fn a_connection_that_came_too_late_is_not_heard() {
         assert_eq!(test.client.last_tid(), Tid(10));
         assert!(!test.told.try_iter().any(|told| matches!(told, Told::Invalidate(Tid(99), _))));
     });
+}
+
+/// Says when a caller has begun to wait: it asks whether it is to give up.
+struct Waiting(Mutex<Sender<()>>);
+
+impl DatabaseCallbacks for Waiting {
+    fn invalidate(&self, _: Tid, _: &[Oid]) {}
+    fn invalidate_cache(&self) {}
+    fn connected(&self, _: &Session) {}
+    fn disconnected(&self) {}
+    fn stale_cache(&self) {}
+    fn interrupted(&self) -> Result<(), zeo_rs::client::CallbackError> {
+        let _ = self.0.lock().unwrap().send(());
+        Ok(())
+    }
+}
+
+/// A thread whose `tpc_begin` waits for a connection has the turn, but not the lock: another's calls are answered at once,
+/// and its own transaction can be aborted.
+#[test]
+fn who_waits_to_begin_keeps_nobody_from_an_answer() {
+    let server = FakeServer::new(Encoding::Msgpack);
+    std::thread::scope(|scope| {
+        let peer = scope.spawn(|| server.serve(Tid(10)));
+        let (sender, waiting) = channel();
+        let client = Client::new(server.options(), Arc::new(Waiting(Mutex::new(sender)))).unwrap();
+        client.connect().unwrap();
+        client.wait_connected(PATIENCE).unwrap();
+        // It connects again, and is not answered yet.
+        drop(peer.join().unwrap());
+        let other_thread = client.clone();
+        let beginner = scope.spawn(move || {
+            while other_thread.is_connected() {
+                std::thread::yield_now();
+            }
+            begin(&other_thread)
+        });
+        waiting.recv_timeout(PATIENCE).unwrap();
+        let other = Value::Int(78);
+        assert!(!client.is_committing(&other) && !client.is_committing(&key()));
+        let stored = client.store(&other, Oid(1), Tid::ZERO, Bytes::from_static(b"x"));
+        assert!(matches!(stored, Err(ClientError::Transaction(_))), "{stored:?}");
+        client.tpc_abort(&key()).unwrap();
+        assert!(!beginner.is_finished(), "the answers above waited for it");
+        let _peer = server.serve(Tid(10));
+        let begun = beginner.join().unwrap();
+        assert!(matches!(&begun, Err(ClientError::Transaction(text)) if text.contains("aborted")), "{begun:?}");
+        begin(&client).unwrap();
+        assert!(client.is_committing(&key()));
+        client.close();
+    });
+}
+
+/// A store that the server does not read keeps no other thread from asking about the transaction, or from aborting it.
+#[test]
+fn a_store_that_is_not_read_can_be_aborted() {
+    for encoding in BOTH {
+        let server = FakeServer::new(encoding);
+        std::thread::scope(|scope| {
+            let peer = scope.spawn(|| server.serve(Tid(10)));
+            let test = TestClient::open(server.options());
+            test.client.wait_connected(PATIENCE).unwrap();
+            let mut peer = peer.join().unwrap();
+            let [client, storer, asker, aborter] = std::array::from_fn(|_| test.client.clone());
+            begin(&client).unwrap();
+            // More than the system takes for a peer that does not read.
+            let data = Bytes::from(vec![0; 64 << 20]);
+            let storing = scope.spawn(move || storer.store(&key(), Oid(1), Tid::ZERO, data));
+            peer.expect(|call| matches!(call, Call::TpcBegin { .. }));
+            let (sender, answer) = channel();
+            scope.spawn(move || sender.send(asker.is_committing(&key())));
+            assert_eq!(
+                answer.recv_timeout(PATIENCE).inspect_err(|_| client.start_close()),
+                Ok(true),
+                "it waits for the store"
+            );
+            assert!(!storing.is_finished());
+            let aborting = scope.spawn(move || aborter.tpc_abort(&key()));
+            peer.expect(|call| matches!(call, Call::Storea { .. }));
+            let id = peer.expect(|call| matches!(call, Call::TpcAbort { .. }));
+            peer.reply(&id, &Value::None);
+            storing.join().unwrap().unwrap();
+            aborting.join().unwrap().unwrap();
+            assert!(!client.is_committing(&key()));
+        });
+    }
 }
