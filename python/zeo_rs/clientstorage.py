@@ -465,20 +465,35 @@ class TransactionRecord(ZODB.BaseStorage.TransactionRecord):
         self._transactions = transactions
 
     def __iter__(self):
-        storage, generation = self._transactions._storage, self._transactions._generation
-        iid = storage._iterator_record_start(generation, self._transactions._iid, self.tid)
-        ended = False
-        try:
-            while True:
-                answer = storage._iterator_record_next(generation, iid)
-                if answer is None:
-                    ended = True
-                    return
-                oid, tid, data, data_txn = answer
-                yield ZODB.BaseStorage.DataRecord(oid, tid, data, data_txn)
-        finally:
-            if not ended:
-                storage._dropped_iterators.append((generation, iid))
+        return RecordIterator(self._transactions, self.tid)
+
+
+class RecordIterator:
+    """The data records of one transaction, one call each."""
+
+    def __init__(self, transactions, tid):
+        self._storage, self._generation = transactions._storage, transactions._generation
+        self._iid = self._storage._iterator_record_start(self._generation, transactions._iid, tid)
+        self._ended = False
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        if self._ended:
+            raise StopIteration
+        answer = self._storage._iterator_record_next(self._generation, self._iid)
+        if answer is None:
+            self._ended = True
+            raise StopIteration
+        return ZODB.BaseStorage.DataRecord(*answer)
+
+    next = __next__
+
+    def __del__(self):
+        if not getattr(self, "_ended", True):
+            self._ended = True
+            self._storage._dropped_iterators.append((self._generation, self._iid))
 
 
 def _cache_path(cache, client, var, storage):
