@@ -19,7 +19,7 @@ import ZODB.event
 import ZODB.interfaces
 import zope.interface
 from ZODB.ConflictResolution import ConflictResolvingStorage
-from ZODB.POSException import ConflictError, POSKeyError, StorageTransactionError, Unsupported
+from ZODB.POSException import ConflictError, POSKeyError, ReadOnlyError, StorageTransactionError, Unsupported
 from ZODB.utils import z64
 
 from . import _zeo
@@ -353,14 +353,14 @@ class ClientStorage(ConflictResolvingStorage, _zeo.ClientStorageBase):
 
     # ---- two-phase commit
 
-    def tpc_vote(self, transaction):
+    def tpc_vote(self, txn):
         """Vote; resolve the conflicts that the server leaves to its clients, and vote again."""
         resolved = []
         for _ in range(MAX_VOTES):
             try:
-                answer = self._vote(transaction)
+                answer = self._vote(txn)
             except ConflictError:
-                self._drop_blobs(transaction)
+                self._drop_blobs(txn)
                 raise
             conflicts = [item for item in answer if isinstance(item, dict)]
             resolved.extend(item for item in answer if not isinstance(item, dict))
@@ -369,21 +369,21 @@ class ClientStorage(ConflictResolvingStorage, _zeo.ClientStorageBase):
             for conflict in conflicts:
                 oid, (committed, read) = conflict["oid"], conflict["serials"]
                 data = self.tryToResolveConflict(oid, committed, read, conflict["data"])
-                self.store(oid, committed, data, "", transaction)
+                self.store(oid, committed, data, "", txn)
                 resolved.append(oid)
         raise ConflictError(f"still conflicts after {MAX_VOTES} votes")
 
-    def tpc_finish(self, transaction, f=None):
+    def tpc_finish(self, txn, f=None):
         self._gc_iterators()
-        tid = self._finish(transaction, f)
+        tid = self._finish(txn, f)
         if self._blobs is not None:
-            self._blobs.finished(id(transaction), tid)
+            self._blobs.finished(id(txn), tid)
         return tid
 
-    def tpc_abort(self, transaction, timeout=None):
+    def tpc_abort(self, txn, timeout=None):
         self._gc_iterators()
-        self._drop_blobs(transaction)
-        self._abort(transaction)
+        self._drop_blobs(txn)
+        self._abort(txn)
 
     def _drop_blobs(self, transaction):
         if self._blobs is not None:
@@ -396,14 +396,16 @@ class ClientStorage(ConflictResolvingStorage, _zeo.ClientStorageBase):
             raise Unsupported("Blobs need a blob_dir: give ClientStorage one.")
         return self._blobs
 
-    def storeBlob(self, oid, serial, data, blobfilename, version, transaction):
+    def storeBlob(self, oid, serial, data, blobfilename, version, txn):
         """Store an object with its blob. Takes the file over."""
         assert not version
+        if self._is_read_only():
+            raise ReadOnlyError()
         blobs = self._blob_storage()
-        if not self._is_committing(transaction):
-            raise StorageTransactionError(self.tpc_transaction(), transaction)
-        path = blobs.take(oid, serial, blobfilename, id(transaction))
-        self._store_blob(oid, serial, data, path, self.shared_blob_dir, transaction)
+        if not self._is_committing(txn):
+            raise StorageTransactionError(self.tpc_transaction(), txn)
+        path = blobs.take(oid, serial, blobfilename, id(txn))
+        self._store_blob(oid, serial, data, path, self.shared_blob_dir, txn)
 
     def restoreBlob(self, oid, serial, data, blobfilename, prev_txn, transaction):
         """Store a blob as of the tid that the transaction was begun with, which must be ``serial``. Takes the file over.

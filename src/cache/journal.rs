@@ -49,6 +49,7 @@ const CLOSE: Duration = Duration::from_millis(600);
 pub(super) enum Event {
     Revision { oid: Oid, tid: Tid, end: Option<Tid>, data: Bytes },
     Invalidate { oid: Oid, tid: Option<Tid> },
+    Forget { oid: Oid },
     LastTid(Tid),
     Clear,
     MoveAside,
@@ -115,13 +116,25 @@ pub(super) fn open(cache: &Arc<Cache>, path: &Path) -> io::Result<(Option<Journa
     Ok((Some(Journal { events: Mutex::new(sender), queued }), opened))
 }
 
+/// A lock, held while it lives.
+struct Lock(File, u32);
+
+impl Drop for Lock {
+    /// Said, not left to the closing of the file: forked children have it open too, and would go on holding the lock.
+    fn drop(&mut self) {
+        if self.1 == std::process::id() {
+            let _ = rustix::fs::flock(&self.0, FlockOperation::Unlock);
+        }
+    }
+}
+
 /// Holds `<path>.lock` while it lives; `None` if another process does.
-fn lock(path: &Path) -> io::Result<Option<File>> {
+fn lock(path: &Path) -> io::Result<Option<Lock>> {
     let mut name = path.as_os_str().to_owned();
     name.push(".lock");
     let file = OpenOptions::new().write(true).create(true).truncate(false).open(name)?;
     match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => Ok(Some(file)),
+        Ok(()) => Ok(Some(Lock(file, std::process::id()))),
         Err(rustix::io::Errno::WOULDBLOCK) => Ok(None),
         Err(error) => Err(error.into()),
     }
@@ -236,6 +249,7 @@ fn replay(
             Record::Invalidate { oid, tid } => {
                 cache.end(oid, tid);
             }
+            Record::Forget { oid } => cache.forget(oid),
             Record::LastTid(tid) => last_tid = tid,
             Record::Clear => cache.remove_all(),
         }
@@ -331,7 +345,7 @@ struct Writer {
     queued: Arc<AtomicUsize>,
     /// After an error nothing is written any more.
     broken: bool,
-    _lock: File,
+    _lock: Lock,
 }
 
 impl Writer {
@@ -373,6 +387,7 @@ impl Writer {
                 self.put(&record);
             }
             Event::Invalidate { oid, tid } => self.put(&Record::Invalidate { oid, tid }),
+            Event::Forget { oid } => self.put(&Record::Forget { oid }),
             Event::LastTid(tid) => {
                 self.files.last_tid = tid;
                 self.put(&Record::LastTid(tid));

@@ -75,7 +75,12 @@ impl Client {
 
     pub fn store(&self, key: &TxnKey, oid: Oid, serial: Tid, data: Bytes) -> Result<()> {
         let call = Call::Storea { oid, serial, data: data.clone(), txn: key.clone() };
-        self.send_in_txn("store", key, |txn| txn.stored(oid, &data), |connection| connection.send_async(&call))
+        self.send_in_txn(
+            "store",
+            key,
+            |txn| txn.stored(oid, &data),
+            |connection| connection.send_async(&call),
+        )
     }
 
     pub fn check_current(&self, key: &TxnKey, oid: Oid, serial: Tid) -> Result<()> {
@@ -86,7 +91,12 @@ impl Client {
 
     pub fn delete_object(&self, key: &TxnKey, oid: Oid, serial: Tid) -> Result<()> {
         let call = Call::DeleteObject { oid, serial, txn: key.clone() };
-        self.send_in_txn("deleteObject", key, |txn| txn.changed(oid), |connection| connection.send_async(&call))
+        self.send_in_txn(
+            "deleteObject",
+            key,
+            |txn| txn.changed(oid),
+            |connection| connection.send_async(&call),
+        )
     }
 
     pub fn restore(

@@ -401,7 +401,11 @@ impl Connection {
     }
 
     /// Waits until nobody writes, or until the caller is to give up.
-    fn unwritten<'a>(&'a self, mut out: MutexGuard<'a, Out>, may_give_up: bool) -> Result<MutexGuard<'a, Out>> {
+    fn unwritten<'a>(
+        &'a self,
+        mut out: MutexGuard<'a, Out>,
+        may_give_up: bool,
+    ) -> Result<MutexGuard<'a, Out>> {
         while out.writing {
             out.waiting += 1;
             let waited = self.written.wait_timeout(out, LOOK_AGAIN).unwrap_or_else(PoisonError::into_inner);

@@ -5,6 +5,8 @@ use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::time::{Duration, Instant};
 
+use rustc_hash::FxHashSet;
+
 use super::connection::Connection;
 use super::core::{Session, in_callback};
 use super::dial::{Backoff, DialError, Registered, dial, tid_of};
@@ -25,6 +27,17 @@ const LONG_NAP: Duration = Duration::from_millis(8);
 const BUSY: u64 = 2;
 /// Longest sleep while connecting without anything due.
 const IDLE: Duration = Duration::from_secs(1);
+
+/// So many of a cache's newest revisions are looked for on the server: some may have been packed, unreferenced.
+const CANDIDATES: usize = 16;
+
+/// Whether the server has a revision of the cache.
+enum Known {
+    Same,
+    Missing,
+    /// Of the same tid, with other data.
+    Other,
+}
 
 pub(super) enum Event {
     Dialled {
@@ -280,38 +293,86 @@ impl Keeper {
 
     /// A cache file may be of another database, or of one that was set back since: by a restored backup, a lagging replica.
     /// Then it is moved aside. Only before anybody was told of its last tid; later that would be going back.
+    ///
+    /// What shows that it is not: the server has the newest revision of the cache. That one may be missing for another
+    /// reason as well: it was changed while the client was away, and packed. Then the newest one of the objects that
+    /// have not changed is looked for, and what the cache knows to have happened after it is forgotten.
     fn check_file(&self, registered: &mut Registered, deadline: Instant) -> Result<(), DialError> {
-        let client = &self.client;
-        let core = &client.core;
-        let problem = if core.last_tid_now() > registered.server_tid {
-            "the server's last transaction is older than the cache's"
-        } else if let Some((oid, serial)) = core.cache.newest() {
-            // Set back and gone on since: then the newest revision is not there, or it is another one.
-            match registered.call("loadSerial", &Call::LoadSerial { oid, serial }, deadline, &client.closing)
-            {
-                Ok(Value::Bytes(data)) => {
-                    let cached = core.cache.load_before(oid, serial.next());
-                    if cached.is_none_or(|cached| cached.data == data) {
-                        return Ok(());
-                    }
-                    "the server has another revision than the cache"
-                }
-                Ok(_) => return Err(DialError::Unexpected("loadSerial")),
-                Err(DialError::Fault { .. }) => "the server does not know the cache's newest revision",
-                Err(error) => return Err(error),
+        let core = &self.client.core;
+        let cached = core.last_tid_now();
+        if cached > registered.server_tid {
+            self.move_aside("the server's last transaction is older than the cache's", registered);
+            return Ok(());
+        }
+        let unknown = "the server does not know the cache's newest revisions";
+        let mut changed = FxHashSet::default();
+        let Some(&newest) = core.cache.newest(1, &changed).first() else { return Ok(()) };
+        match self.ask_for(newest, registered, deadline)? {
+            Known::Same => return Ok(()),
+            Known::Missing => {}
+            Known::Other => {
+                self.move_aside("the server has another revision than the cache", registered);
+                return Ok(());
             }
-        } else {
+        }
+        let call = Call::GetInvalidations { tid: cached };
+        let answer = registered.call("getInvalidations", &call, deadline, &self.client.closing)?;
+        let Some((_, oids)) = invalidations_of(&answer) else {
+            self.move_aside(unknown, registered);
             return Ok(());
         };
+        changed.extend(oids);
+        let candidates = core.cache.newest(CANDIDATES, &changed);
+        if candidates.is_empty() {
+            // All of it would be invalidated now: nothing is left that could be of another database.
+            tracing::info!(name = self.client.options.name, "everything in the cache has changed");
+            core.cache.clear();
+            core.forget_last_tid();
+            return Ok(());
+        }
+        for candidate in candidates {
+            match self.ask_for(candidate, registered, deadline)? {
+                Known::Same => {
+                    core.cache.forget_after(candidate.1);
+                    return Ok(());
+                }
+                Known::Missing => {}
+                Known::Other => break,
+            }
+        }
+        self.move_aside(unknown, registered);
+        Ok(())
+    }
+
+    fn ask_for(
+        &self,
+        (oid, serial): (Oid, Tid),
+        registered: &mut Registered,
+        deadline: Instant,
+    ) -> Result<Known, DialError> {
+        let call = Call::LoadSerial { oid, serial };
+        match registered.call("loadSerial", &call, deadline, &self.client.closing) {
+            Ok(Value::Bytes(data)) => {
+                let cached = self.client.core.cache.load_before(oid, serial.next());
+                Ok(if cached.is_none_or(|cached| cached.data == data) { Known::Same } else { Known::Other })
+            }
+            Ok(_) => Err(DialError::Unexpected("loadSerial")),
+            // Set back and gone on since: then it is not there, or it is another one.
+            Err(DialError::Fault { .. }) => Ok(Known::Missing),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn move_aside(&self, problem: &'static str, registered: &Registered) {
+        let core = &self.client.core;
         tracing::warn!(
-            name = client.options.name,
+            name = self.client.options.name,
             cache = %core.last_tid_now(),
             server = %registered.server_tid,
             "{problem} (a restored backup, a lagging replica, another database): starting with an empty cache"
         );
         core.cache.move_aside();
         core.forget_last_tid();
-        Ok(())
     }
 
     // ---- connected

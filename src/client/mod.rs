@@ -130,9 +130,10 @@ impl Client {
 
     /// After a fork, in the child: a client like this one, with a connection, a thread and a cache of its own, that goes
     /// on from the same last tid, not connected yet. Touches nothing of the parent's but what never changes: its locks may be held by
-    /// threads that this process does not have.
-    pub fn reopen(&self) -> Result<Arc<Self>> {
+    /// threads that this process does not have. So `addresses` must be given if they have been set since it was made.
+    pub fn reopen(&self, addresses: Option<Vec<Address>>) -> Result<Arc<Self>> {
         let mut options = self.options.clone();
+        options.addresses = addresses.unwrap_or(options.addresses);
         options.cache_path = None;
         options.cache_trace = None;
         let cache = Arc::new(Cache::new(options.cache_size));

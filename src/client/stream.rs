@@ -162,7 +162,13 @@ impl Stream {
         while !data.is_empty() {
             match RawWriter(self).write(data) {
                 Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
-                Ok(count) => data = data.get(count..).unwrap_or_default(),
+                Ok(count) => {
+                    data = data.get(count..).unwrap_or_default();
+                    // A blocking `send` that a signal ends in the middle says how far it was, and not why.
+                    if !data.is_empty() {
+                        interrupted()?;
+                    }
+                }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => interrupted()?,
                 Err(error) => return Err(error),
             }

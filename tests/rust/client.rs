@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
+use zeo_rs::cache::Cache;
 use zeo_rs::client::{Access, Client, ClientError, DatabaseCallbacks, Options, Session};
 use zeo_rs::ids::{Oid, Tid};
 use zeo_rs::net::Address;
@@ -1036,7 +1037,10 @@ fn who_waits_to_begin_keeps_nobody_from_an_answer() {
         assert!(!beginner.is_finished(), "the answers above waited for it");
         let _peer = server.serve(Tid(10));
         let begun = beginner.join().unwrap();
-        assert!(matches!(&begun, Err(ClientError::Transaction(text)) if text.contains("aborted")), "{begun:?}");
+        assert!(
+            matches!(&begun, Err(ClientError::Transaction(text)) if text.contains("aborted")),
+            "{begun:?}"
+        );
         begin(&client).unwrap();
         assert!(client.is_committing(&key()));
         client.close();
@@ -1075,5 +1079,108 @@ fn a_store_that_is_not_read_can_be_aborted() {
             aborting.join().unwrap().unwrap();
             assert!(!client.is_committing(&key()));
         });
+    }
+}
+
+/// A cache file as of `Tid(60)`: object 1 is its newest, 4 has a revision that ended late.
+fn cached(directory: &tempfile::TempDir) -> std::path::PathBuf {
+    let path = directory.path().join("cache");
+    let (cache, _) = Cache::open(&path, 1 << 20).unwrap();
+    for (oid, tid, end) in [(1, 50, None), (2, 10, None), (3, 40, None), (4, 5, Some(45)), (4, 45, None)] {
+        cache.store(Oid(oid), Tid(tid), end.map(Tid), format!("{oid} {tid}").as_bytes());
+    }
+    cache.set_last_tid(Tid(60));
+    cache.close();
+    path
+}
+
+/// What the server says of the cache's revisions, newest first, and the oids that it says have changed since.
+fn open_cached(
+    path: &std::path::Path,
+    found: &[(u64, u64, Option<&[u8]>)],
+    changed: &[u64],
+) -> (Arc<Client>, Peer) {
+    let server = FakeServer::new(Encoding::Msgpack);
+    let mut options = server.options();
+    options.cache_path = Some(path.to_owned());
+    let (sender, _) = channel();
+    let client = Client::new(options, Arc::new(Waiting(Mutex::new(sender)))).unwrap();
+    client.connect().unwrap();
+    let mut peer = server.accept();
+    peer.register(Tid(70));
+    let changed = changed.iter().map(|&oid| oid_value(Oid(oid))).collect();
+    let invalidations = Value::Tuple(vec![tid_value(Tid(70)), Value::List(changed)]);
+    let mut found = found.iter();
+    loop {
+        let (id, call) = peer.call().expect("a call");
+        match call {
+            Call::LoadSerial { oid, serial } => {
+                let &(of, at, data) = found.next().expect("no more is asked for");
+                assert_eq!((oid, serial), (Oid(of), Tid(at)));
+                match data {
+                    Some(data) => peer.reply(&id, &Value::Bytes(Bytes::copy_from_slice(data))),
+                    None => peer.fault(&id, "ZODB.POSException.POSKeyError", Value::Tuple(Vec::new())),
+                }
+            }
+            Call::GetInvalidations { tid: Tid(60) } => peer.reply(&id, &invalidations),
+            Call::GetInfo => {
+                peer.reply(&id, &Value::Dict(Vec::new()));
+                break;
+            }
+            other => panic!("unexpected {other:?}"),
+        }
+    }
+    assert!(found.next().is_none(), "more should have been asked for");
+    client.wait_connected(PATIENCE).unwrap();
+    (client, peer)
+}
+
+fn covered(client: &Client) -> Vec<u64> {
+    (1..5).filter(|&oid| client.cache().covers(Oid(oid), Tid::MAX)).collect()
+}
+
+/// The newest object of the cache was changed and packed while the client was away: the rest is as good as before.
+#[test]
+fn a_cache_whose_newest_object_was_packed_is_kept() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = cached(&directory);
+    let (client, _peer) = open_cached(&path, &[(1, 50, None), (4, 45, Some(b"4 45"))], &[1]);
+    assert_eq!(covered(&client), [2, 3, 4]);
+    assert_eq!(client.last_tid(), Tid(70));
+    client.close();
+    assert!(!path.with_extension("aside").exists());
+}
+
+/// An object that nothing refers to any more was packed away without a transaction. What the cache knows to have happened
+/// after the newest revision that both have is forgotten, in the file too: it may have been another history.
+#[test]
+fn of_a_cache_only_what_the_server_has_too_is_kept() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = cached(&directory);
+    let found: [(u64, u64, Option<&[u8]>); 4] =
+        [(1, 50, None), (1, 50, None), (4, 45, None), (3, 40, Some(b"3 40"))];
+    let (client, _peer) = open_cached(&path, &found, &[]);
+    assert_eq!(covered(&client), [2, 3]);
+    assert!(
+        client.load_cached(Oid(4), Tid(20)).is_none(),
+        "it ended in a transaction that may never have been"
+    );
+    client.close();
+    let (cache, _) = Cache::open(&path, 1 << 20).unwrap();
+    assert_eq!((cache.len(), cache.covers(Oid(4), Tid(20))), (2, false));
+}
+
+/// The server has none of it, or something else under the same tid.
+#[test]
+fn a_cache_of_another_database_is_moved_aside() {
+    let nothing = [(1, 50, None), (4, 45, None), (3, 40, None), (2, 10, None)];
+    let other: [(u64, u64, Option<&[u8]>); 2] = [(1, 50, None), (4, 45, Some(b"another"))];
+    for (found, changed) in [(&nothing[..], &[1][..]), (&other, &[1]), (&[(1, 50, Some(b"another"))], &[])] {
+        let directory = tempfile::tempdir().unwrap();
+        let path = cached(&directory);
+        let (client, _peer) = open_cached(&path, found, changed);
+        assert!(client.cache().is_empty() && client.last_tid() == Tid(70));
+        client.close();
+        assert!(path.with_extension("aside").exists());
     }
 }
