@@ -173,6 +173,12 @@ def _readable(context):
             "verifies nothing (verify_mode CERT_NONE), which anybody in between can use",
             "zeo_rs.TLS(..., authenticate='server.pem', check_hostname=False)",
         )
+    if not _has_default_ciphers(context):
+        raise _bad(
+            context,
+            "chooses its ciphers (set_ciphers), which are OpenSSL's to choose from",
+            instead + ", which has the few that rustls takes for safe; versions=['TLSv1.3'] leaves the newest of them",
+        )
     stats = context.cert_store_stats()
     certificates = context.get_ca_certs(binary_form=True)
     crl_flags = ssl.VERIFY_CRL_CHECK_LEAF | ssl.VERIFY_CRL_CHECK_CHAIN
@@ -187,6 +193,13 @@ def _readable(context):
             "zeo_rs.TLS(..., authenticate='that directory')",
         )
     return certificates
+
+
+def _has_default_ciphers(context):
+    """Whether the ciphers are those that a context has when it is made, in either way to make one."""
+    names = [cipher["name"] for cipher in context.get_ciphers()]
+    defaults = ssl.SSLContext(context.protocol), ssl.create_default_context()
+    return any(names == [cipher["name"] for cipher in default.get_ciphers()] for default in defaults)
 
 
 def _versions(context):

@@ -146,6 +146,12 @@ def only_1_1():
     return made
 
 
+def chosen_ciphers():
+    made = context()
+    made.set_ciphers("ECDHE+AESGCM")
+    return made
+
+
 @pytest.mark.parametrize(
     ("made", "why", "instead"),
     [
@@ -154,6 +160,7 @@ def only_1_1():
         (lambda: context("not-ca"), "not CAs", "authenticate="),
         (lambda: ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), "trusts no certificate", "authenticate="),
         (lambda: ssl.create_default_context(ssl.Purpose.CLIENT_AUTH), "is for servers", "zeo_rs.TLS("),
+        (chosen_ciphers, "set_ciphers", "versions="),
         (only_1_1, "neither TLS 1.2 nor 1.3", "maximum_version"),
     ],
     ids=lambda value: getattr(value, "__name__", value),
