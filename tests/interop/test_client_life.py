@@ -692,3 +692,95 @@ def test_what_is_no_address_is_refused(address, tmp_path):
     with pytest.raises(ValueError, match="address"):
         ClientStorage(address, wait=False, blob_dir=str(tmp_path / "blobs"))
     assert not os.listdir(tmp_path)
+
+
+def test_the_cache_file_is_free_after_closing_though_a_child_has_it_open(server, tmp_path, caplog):
+    path = str(tmp_path / "cache")
+    reader, writer = os.pipe()
+    with opened(server.address, cache=path) as storage:
+        oid = storage.new_oid()
+        commit(storage, (oid, z64, b"x"))
+        assert storage.load(oid)[0] == b"x"
+        child = os.fork()
+        if child == 0:
+            try:
+                os.close(writer)
+                os.read(reader, 1)
+            finally:
+                os._exit(0)
+    try:
+        with opened(server.address, cache=path) as storage:
+            assert storage.cache_stats()["revisions"] == 1, "it got a temporary cache"
+    finally:
+        os.close(writer)
+        os.close(reader)
+        os.waitpid(child, 0)
+
+
+def test_a_child_logs_though_its_parent_was_logging_at_the_fork(server):
+    """Forks while threads of the parent log all the time; no child may wait for a lock that such a thread had."""
+    out, _ = python(
+        """
+        import logging, os, sys, threading
+        logging.basicConfig(level=logging.CRITICAL)
+        logging.getLogger("zeo_rs").setLevel(logging.DEBUG)
+        logging.getLogger("zeo_rs").addFilter(lambda record: False)
+        from zeo_rs import ClientStorage
+        from zeo_rs.exceptions import ClientDisconnected
+        silent = [ClientStorage(("127.0.0.1", 1), wait=False) for _ in range(20)]
+        statuses = []
+        for _ in range(50):
+            for storage in silent:
+                storage.new_addr(("127.0.0.1", 1))  # they try again at once, and say that it failed
+            child = os.fork()
+            if child == 0:
+                ClientStorage((sys.argv[1], int(sys.argv[2]))).close()
+                os._exit(0)
+            statuses.append(os.waitpid(child, 0)[1])
+        print(set(statuses), flush=True)
+        os._exit(0)
+        """,
+        *server.address,
+    )
+    assert out == "{0}\n"
+
+
+# -- what ZEO's class does
+
+
+def test_the_arguments_have_zeos_names():
+    import inspect
+
+    from ZEO.ClientStorage import ClientStorage as Original
+
+    names = ("deleteObject", "store", "storeBlob", "tpc_abort", "tpc_begin", "tpc_finish", "tpc_vote", "undo", "undoInfo", "undoLog")
+    for name in names:
+        ours, theirs = (
+            [(parameter.name, parameter.default) for parameter in inspect.signature(getattr(cls, name)).parameters.values()]
+            for cls in (ClientStorage, Original)
+        )
+        if name == "tpc_finish":  # the default of ZEO is a function that does nothing
+            ours[-1] = theirs[-1] = ("f", None)
+        assert ours == theirs, name
+
+
+def test_a_read_only_storage_says_so_at_every_step(server, tmp_path):
+    from ZODB.Connection import TransactionMetaData
+    from ZODB.POSException import ReadOnlyError
+
+    blob = tmp_path / "blob"
+    blob.write_bytes(b"x")
+    txn = TransactionMetaData()
+    with opened(server.address, read_only=True, blob_dir=str(tmp_path / "blobs")) as storage:
+        for step in (
+            lambda: storage.tpc_begin(txn),
+            lambda: storage.store(p64(1), z64, b"x", "", txn),
+            lambda: storage.storeBlob(p64(1), z64, b"x", str(blob), "", txn),
+            lambda: storage.tpc_vote(txn),
+            lambda: storage.tpc_finish(txn),
+            lambda: storage.undo(z64, txn),
+        ):
+            with pytest.raises(ReadOnlyError):
+                step()
+        storage.tpc_abort(txn)
+        assert blob.exists()
