@@ -9,6 +9,7 @@ import ssl
 from importlib import import_module
 
 from . import _zeo
+from ._probe import has_certificate
 
 __all__ = ["TLS", "client_ssl", "client_tls", "server_ssl", "server_tls"]
 
@@ -67,6 +68,12 @@ class TLS:
         supported.
         """
         certificates = _readable(context)
+        if certificate is None and has_certificate(context):
+            raise _bad(
+                context,
+                "has a certificate of its own (load_cert_chain), which cannot be read from it",
+                "zeo_rs.TLS.from_context(context, certificate='client.pem', key='client.key')",
+            )
         self = cls(
             certificate,
             key,
