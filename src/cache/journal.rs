@@ -30,8 +30,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
-use rustix::fs::FlockOperation;
 
+use super::lock::{Lock, lock};
 use super::record::{self, Record};
 use super::value::{self, Filed, Value, Values};
 use super::{Cache, shard};
@@ -114,30 +114,6 @@ pub(super) fn open(cache: &Arc<Cache>, path: &Path) -> io::Result<(Option<Journa
     };
     std::thread::Builder::new().name("zeo cache".into()).spawn(move || writer.run(&events))?;
     Ok((Some(Journal { events: Mutex::new(sender), queued }), opened))
-}
-
-/// A lock, held while it lives.
-struct Lock(File, u32);
-
-impl Drop for Lock {
-    /// Said, not left to the closing of the file: forked children have it open too, and would go on holding the lock.
-    fn drop(&mut self) {
-        if self.1 == std::process::id() {
-            let _ = rustix::fs::flock(&self.0, FlockOperation::Unlock);
-        }
-    }
-}
-
-/// Holds `<path>.lock` while it lives; `None` if another process does.
-fn lock(path: &Path) -> io::Result<Option<Lock>> {
-    let mut name = path.as_os_str().to_owned();
-    name.push(".lock");
-    let file = OpenOptions::new().write(true).create(true).truncate(false).open(name)?;
-    match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => Ok(Some(Lock(file, std::process::id()))),
-        Err(rustix::io::Errno::WOULDBLOCK) => Ok(None),
-        Err(error) => Err(error.into()),
-    }
 }
 
 /// The files as they are open for writing.

@@ -14,6 +14,7 @@
 //! (what it keeps must not pin a network buffer).
 
 mod journal;
+mod lock;
 mod record;
 mod shard;
 mod simulate;

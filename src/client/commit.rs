@@ -37,7 +37,12 @@ impl Client {
         let connection = self.operational(Some(self.options.wait_timeout), false)?;
         turn.check()?;
         let call = Call::TpcBegin { txn: key.clone(), user, description, extension, tid, status };
-        connection.send_async(&call)?;
+        connection.send_async(&call).inspect_err(|error| {
+            if matches!(error, ClientError::Callback(_)) {
+                // A signal ended the waiting behind another writer; the call stays, and goes with what that one writes next.
+                let _ = connection.send_async(&Call::TpcAbort { txn: key.clone() });
+            }
+        })?;
         let txn = Txn::new(key.clone(), connection.generation, self.core.cache.max_bytes() / 2);
         turn.open(txn).inspect_err(|_| {
             // Should that fail, the connection is gone, and with it the transaction.

@@ -5,16 +5,14 @@ use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::time::{Duration, Instant};
 
-use rustc_hash::FxHashSet;
-
 use super::connection::Connection;
 use super::core::{Session, in_callback};
-use super::dial::{Backoff, DialError, Registered, dial, tid_of};
+use super::dial::{Backoff, DialError, Registered, dial};
 use super::error::ClientError;
 use super::options::Access;
 use super::stream::Peer;
+use super::verify::verify;
 use super::{Client, Phase};
-use crate::ids::{Oid, Tid};
 use crate::net::Address;
 use crate::pickle::Value;
 use crate::wire::{Call, Notice};
@@ -27,17 +25,6 @@ const LONG_NAP: Duration = Duration::from_millis(8);
 const BUSY: u64 = 2;
 /// Longest sleep while connecting without anything due.
 const IDLE: Duration = Duration::from_secs(1);
-
-/// So many of a cache's newest revisions are looked for on the server: some may have been packed, unreferenced.
-const CANDIDATES: usize = 16;
-
-/// Whether the server has a revision of the cache.
-enum Known {
-    Same,
-    Missing,
-    /// Of the same tid, with other data.
-    Other,
-}
 
 pub(super) enum Event {
     Dialled {
@@ -205,7 +192,7 @@ impl Keeper {
     fn take_over(&mut self, mut registered: Box<Registered>) -> Result<Arc<Connection>, DialError> {
         let client = self.client.clone();
         let deadline = Instant::now() + client.options.timers.handshake;
-        let (tid, oids) = self.verify(&mut registered, deadline)?;
+        let (tid, oids) = verify(&client, &mut registered, deadline)?;
         let Value::Dict(info) = registered.call("get_info", &Call::GetInfo, deadline, &client.closing)?
         else {
             return Err(DialError::Unexpected("get_info"));
@@ -245,134 +232,6 @@ impl Keeper {
         tracing::info!(name = client.options.name, host = session.host, port = ?session.port, read_only = session.read_only, tid = %tid, "connected");
         client.install(&connection, session);
         Ok(connection)
-    }
-
-    /// What changed since the cache was last up to date. Afterwards the cache is right as of the returned tid.
-    fn verify(&self, registered: &mut Registered, deadline: Instant) -> Result<(Tid, Vec<Oid>), DialError> {
-        let client = &self.client;
-        let core = &client.core;
-        if !client.was_ready() {
-            if core.cache.is_empty() {
-                // There is nothing that its tid could be about.
-                core.forget_last_tid();
-            } else {
-                self.check_file(registered, deadline)?;
-            }
-        }
-        let (cached, server) = (core.last_tid_now(), registered.server_tid);
-        if cached > server {
-            return Err(DialError::Cache(format!(
-                "the server's last transaction {server} is older than {cached}, which this client has seen: \
-                 a restored backup, a lagging replica or another database; restart the client to accept it"
-            )));
-        }
-        if core.cache.is_empty() || cached == server {
-            return Ok((server, Vec::new()));
-        }
-        let answer = registered.call(
-            "getInvalidations",
-            &Call::GetInvalidations { tid: cached },
-            deadline,
-            &client.closing,
-        )?;
-        if let Some((tid, oids)) = invalidations_of(&answer) {
-            for &oid in &oids {
-                core.cache.invalidate(oid, None);
-            }
-            tracing::info!(%cached, %tid, objects = oids.len(), "cache verified");
-            return Ok((tid, oids));
-        }
-        if answer != Value::None {
-            return Err(DialError::Unexpected("getInvalidations"));
-        }
-        in_callback(|| core.callbacks.stale_cache());
-        tracing::error!(name = client.options.name, %cached, %server, "too much was missed: dropping stale cache");
-        core.cache.clear();
-        Ok((server, Vec::new()))
-    }
-
-    /// A cache file may be of another database, or of one that was set back since: by a restored backup, a lagging replica.
-    /// Then it is moved aside. Only before anybody was told of its last tid; later that would be going back.
-    ///
-    /// What shows that it is not: the server has the newest revision of the cache. That one may be missing for another
-    /// reason as well: it was changed while the client was away, and packed. Then the newest one of the objects that
-    /// have not changed is looked for, and what the cache knows to have happened after it is forgotten.
-    fn check_file(&self, registered: &mut Registered, deadline: Instant) -> Result<(), DialError> {
-        let core = &self.client.core;
-        let cached = core.last_tid_now();
-        if cached > registered.server_tid {
-            self.move_aside("the server's last transaction is older than the cache's", registered);
-            return Ok(());
-        }
-        let unknown = "the server does not know the cache's newest revisions";
-        let mut changed = FxHashSet::default();
-        let Some(&newest) = core.cache.newest(1, &changed).first() else { return Ok(()) };
-        match self.ask_for(newest, registered, deadline)? {
-            Known::Same => return Ok(()),
-            Known::Missing => {}
-            Known::Other => {
-                self.move_aside("the server has another revision than the cache", registered);
-                return Ok(());
-            }
-        }
-        let call = Call::GetInvalidations { tid: cached };
-        let answer = registered.call("getInvalidations", &call, deadline, &self.client.closing)?;
-        let Some((_, oids)) = invalidations_of(&answer) else {
-            self.move_aside(unknown, registered);
-            return Ok(());
-        };
-        changed.extend(oids);
-        let candidates = core.cache.newest(CANDIDATES, &changed);
-        if candidates.is_empty() {
-            // All of it would be invalidated now: nothing is left that could be of another database.
-            tracing::info!(name = self.client.options.name, "everything in the cache has changed");
-            core.cache.clear();
-            core.forget_last_tid();
-            return Ok(());
-        }
-        for candidate in candidates {
-            match self.ask_for(candidate, registered, deadline)? {
-                Known::Same => {
-                    core.cache.forget_after(candidate.1);
-                    return Ok(());
-                }
-                Known::Missing => {}
-                Known::Other => break,
-            }
-        }
-        self.move_aside(unknown, registered);
-        Ok(())
-    }
-
-    fn ask_for(
-        &self,
-        (oid, serial): (Oid, Tid),
-        registered: &mut Registered,
-        deadline: Instant,
-    ) -> Result<Known, DialError> {
-        let call = Call::LoadSerial { oid, serial };
-        match registered.call("loadSerial", &call, deadline, &self.client.closing) {
-            Ok(Value::Bytes(data)) => {
-                let cached = self.client.core.cache.load_before(oid, serial.next());
-                Ok(if cached.is_none_or(|cached| cached.data == data) { Known::Same } else { Known::Other })
-            }
-            Ok(_) => Err(DialError::Unexpected("loadSerial")),
-            // Set back and gone on since: then it is not there, or it is another one.
-            Err(DialError::Fault { .. }) => Ok(Known::Missing),
-            Err(error) => Err(error),
-        }
-    }
-
-    fn move_aside(&self, problem: &'static str, registered: &Registered) {
-        let core = &self.client.core;
-        tracing::warn!(
-            name = self.client.options.name,
-            cache = %core.last_tid_now(),
-            server = %registered.server_tid,
-            "{problem} (a restored backup, a lagging replica, another database): starting with an empty cache"
-        );
-        core.cache.move_aside();
-        core.forget_last_tid();
     }
 
     // ---- connected
@@ -494,20 +353,6 @@ impl Keeper {
         }
         None
     }
-}
-
-/// `(tid, [oid, ...])`.
-fn invalidations_of(answer: &Value) -> Option<(Tid, Vec<Oid>)> {
-    let (Value::Tuple(items) | Value::List(items)) = answer else { return None };
-    let [tid, Value::Tuple(oids) | Value::List(oids)] = items.as_slice() else { return None };
-    let oids = oids
-        .iter()
-        .map(|oid| match oid {
-            Value::Bytes(bytes) => Oid::from_slice(bytes),
-            _ => None,
-        })
-        .collect::<Option<Vec<_>>>()?;
-    Some((tid_of(tid)?, oids))
 }
 
 /// Says that the thread is gone.

@@ -9,7 +9,7 @@
 //! | this, `commit.rs` | [`Client`]: calls, loads; two-phase commit |
 //! | `connection.rs` | one connection: who waits, who writes, who reads |
 //! | `core.rs` | what outlives connections: cache, last tid, callbacks |
-//! | `keeper.rs`, `dial.rs`, `race.rs` | the background thread: connect, verify, reconnect |
+//! | `keeper.rs`, `dial.rs`, `race.rs`, `verify.rs` | the background thread: connect, verify, reconnect |
 //! | `stream.rs`, `inbox.rs`, `slot.rs` | socket, received bytes, one caller's wait |
 //! | `transaction.rs`, `blob.rs` | what a commit will put in the cache; blobs on their way |
 
@@ -26,6 +26,7 @@ mod race;
 mod slot;
 mod stream;
 mod transaction;
+mod verify;
 
 use std::collections::VecDeque;
 use std::path::Path;
@@ -306,10 +307,12 @@ impl Client {
     }
 
     /// A one-way call outside any transaction; silently dropped without a connection.
-    pub fn notify(&self, call: &Call) {
-        if let Ok(connection) = self.operational(None, false) {
-            let _ = connection.send_async(call);
-        }
+    ///
+    /// # Errors
+    /// A signal that ended the waiting behind another writer, only.
+    pub fn notify(&self, call: &Call) -> Result<()> {
+        let sent = self.operational(None, false).and_then(|connection| connection.send_async(call));
+        unless_interrupted(sent, "notification not sent")
     }
 
     /// The revision of `oid` current just before `before`: from the cache, or from the server.
@@ -347,17 +350,18 @@ impl Client {
         self.repeated(|connection| connection.load_before(oid, before))
     }
 
-    /// Starts loading what the cache does not have. Waits for nothing; errors show when the objects are loaded.
-    pub fn prefetch(&self, oids: &[Oid], before: Tid) {
+    /// Starts loading what the cache does not have. Waits for nothing but the socket; errors show when the objects are loaded.
+    ///
+    /// # Errors
+    /// A signal that ended the waiting for a server which does not read, only.
+    pub fn prefetch(&self, oids: &[Oid], before: Tid) -> Result<()> {
         let missing: Vec<Oid> =
             oids.iter().copied().filter(|&oid| !self.core.cache.covers(oid, before)).collect();
         if missing.is_empty() {
-            return;
+            return Ok(());
         }
         let sent = self.operational(None, false).and_then(|connection| connection.prefetch(&missing, before));
-        if let Err(error) = sent {
-            tracing::debug!(%error, "prefetch not sent");
-        }
+        unless_interrupted(sent, "prefetch not sent")
     }
 
     /// A new oid from the stock of this connection. A restarted server may give the same ones to others, so the stock
@@ -563,6 +567,18 @@ fn open_cache(options: &Options) -> Result<(Arc<Cache>, Tid)> {
         }
     };
     Ok((cache, last_tid))
+}
+
+/// What a signal handler raised must not be lost; other errors of a call without an answer are for the log.
+fn unless_interrupted(sent: Result<()>, what: &'static str) -> Result<()> {
+    match sent {
+        Err(ClientError::Callback(error)) => Err(ClientError::Callback(error)),
+        Err(error) => {
+            tracing::debug!(%error, "{what}");
+            Ok(())
+        }
+        Ok(()) => Ok(()),
+    }
 }
 
 fn oid_of(value: &Value) -> Option<Oid> {

@@ -212,9 +212,7 @@ impl ClientStorageBase {
     fn prefetch(&self, py: Python<'_>, oids: &Bound<'_, PyAny>, tid: &Bound<'_, PyAny>) -> PyResult<()> {
         let before = tid_arg(tid)?;
         let oids = oids.try_iter()?.map(|oid| oid_arg(&oid?)).collect::<PyResult<Vec<Oid>>>()?;
-        let client = self.client()?;
-        py.detach(|| client.prefetch(&oids, before));
-        Ok(())
+        self.wait(py, |client| client.prefetch(&oids, before))
     }
 
     fn lastTransaction<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyBytes>> {
@@ -346,7 +344,7 @@ impl ClientStorageBase {
     fn _iterator_gc(&self, py: Python<'_>, generation: u64, iids: Vec<i64>) -> PyResult<()> {
         let client = self.client()?;
         if client.session().is_some_and(|session| session.generation == generation) {
-            py.detach(|| client.notify(&Call::IteratorGc { iids }));
+            return self.wait(py, |client| client.notify(&Call::IteratorGc { iids }));
         }
         Ok(())
     }

@@ -366,8 +366,8 @@ fn identical_loads_are_sent_once() {
         let mut peer = peer.join().unwrap();
         let client = test.client.clone();
         // Asked for twice, sent once.
-        client.prefetch(&[Oid(1), Oid(2)], Tid(11));
-        client.prefetch(&[Oid(2), Oid(1)], Tid(11));
+        client.prefetch(&[Oid(1), Oid(2)], Tid(11)).unwrap();
+        client.prefetch(&[Oid(2), Oid(1)], Tid(11)).unwrap();
         peer.expect(|call| matches!(call, Call::LoadBefore { oid: Oid(1), .. }));
         let id = peer.expect(|call| matches!(call, Call::LoadBefore { oid: Oid(2), .. }));
         assert_eq!(id, MessageId::Load { oid: Oid(2), before: Tid(11) });
@@ -844,7 +844,7 @@ fn an_invalidation_behind_a_prefetched_object_ends_it() {
             let test = TestClient::open(server.options());
             test.client.wait_connected(PATIENCE).unwrap();
             let mut peer = peer.join().unwrap();
-            test.client.prefetch(&[Oid(1), Oid(2)], Tid(11));
+            test.client.prefetch(&[Oid(1), Oid(2)], Tid(11)).unwrap();
             for _ in 0..2 {
                 peer.expect(|call| matches!(call, Call::LoadBefore { .. }));
             }
@@ -885,7 +885,7 @@ fn a_call_behind_a_writer_that_waits_is_not_lost() {
                 .spawn(move || client.call("undoInfo", &Call::UndoInfo { first: 0, last: 1, specification }));
             let mut length = [0; 4];
             peer.socket.read_exact(&mut length).unwrap();
-            test.client.prefetch(&[Oid(1)], Tid(11));
+            test.client.prefetch(&[Oid(1)], Tid(11)).unwrap();
             let mut large = vec![0; u32::from_be_bytes(length) as usize];
             peer.socket.read_exact(&mut large).unwrap();
             let id = decode_request(encoding, &large.into()).unwrap().id;
