@@ -10,7 +10,9 @@ used at the same time. Oids and tids are 8 bytes, big-endian. Errors are those o
 
 import asyncio
 import contextlib
+import logging
 import time
+import weakref
 from typing import NamedTuple
 
 from ZODB.utils import maxtid
@@ -19,6 +21,8 @@ from . import _zeo
 from .clientstorage import ClientStorage
 
 __all__ = ["AsyncStorage", "Invalidation", "PackProgress", "connect", "serve"]
+
+logger = logging.getLogger(__name__)
 
 #: Seconds between two looks at the progress of a pack.
 LOOK_EVERY = 0.2
@@ -82,6 +86,7 @@ class AsyncStorage:
     def __init__(self, storage, close=False):
         self.storage = storage
         self._close = close
+        self._news = weakref.WeakSet()
         self._client = _zeo.AsyncClient(storage)
 
     async def __aenter__(self):
@@ -91,7 +96,9 @@ class AsyncStorage:
         await self.close()
 
     async def close(self):
-        """Closes the storage, if it is this object's own."""
+        """Ends all :meth:`invalidations`, and closes the storage if it is this object's own."""
+        for news in list(self._news):
+            news.closed()
         if self._close:
             await self._client.run(self.storage.close)
 
@@ -133,7 +140,8 @@ class AsyncStorage:
     async def pack(self, before=None):
         """Packs up to the Unix time ``before`` (now). Asynchronous iterator of ``PackProgress``; ends with the pack.
 
-        A ZEO server tells nothing on the way; then only the last one comes.
+        A ZEO server tells nothing on the way; then only the last one comes. Who is cancelled, or leaves the loop early, does
+        not wait: the server goes on packing, and an error of it is logged.
         """
         before = time.time() if before is None else before
         work = asyncio.ensure_future(self._client.run(lambda: self.storage.pack(before)))
@@ -143,28 +151,99 @@ class AsyncStorage:
                 pack = None if work.done() else (await self.status()).get("pack")
                 if pack:
                     yield PackProgress(pack["phase"], pack["bytes_done"], pack["bytes_total"])
+            await work
+        except Exception:
+            # of the status: more likely than not the pack has failed too, and says more
+            await work
+            raise
         finally:
-            # the server goes on even if nobody waits for it; its error is raised here
-            with contextlib.suppress(asyncio.CancelledError):
-                await work
+            # not waited for by who has been cancelled
+            if not work.done():
+                work.add_done_callback(_note_pack)
         yield PackProgress("done", 0, 0)
 
     async def status(self):
         """The server's status of this storage, as ``ClientStorage.server_status``."""
         return await self._client.run(self.storage.server_status)
 
-    async def invalidations(self):
-        """Asynchronous iterator of ``Invalidation``: the transactions of other clients from now on, in order."""
-        loop = asyncio.get_running_loop()
-        queue = asyncio.Queue()
+    def invalidations(self):
+        """Asynchronous iterator of ``Invalidation``: the transactions of other clients, in order, from this call on.
 
-        def watch(tid, oids):
-            with contextlib.suppress(RuntimeError):  # the loop has ended, the watcher goes next
-                loop.call_soon_threadsafe(queue.put_nowait, Invalidation(tid, oids and list(oids)))
+        It ends when this object or the storage is closed, after what came before that. ``aclose()``, or dropping it,
+        unsubscribes it.
+        """
+        return Invalidations(self)
 
-        self.storage._watchers += (watch,)
-        try:
-            while True:
-                yield await queue.get()
-        finally:
-            self.storage._watchers = tuple(w for w in self.storage._watchers if w is not watch)
+
+class Invalidations:
+    """What ``AsyncStorage.invalidations`` returns. Subscribed as soon as it is made, in a running event loop."""
+
+    def __init__(self, storage):
+        self._loop = asyncio.get_running_loop()
+        self._queue = asyncio.Queue()
+        self._ended = False
+        self._storage = storage.storage
+        # weakly: who drops the iterator unsubscribes it
+        self._watcher = _Watcher(weakref.ref(self))
+        storage._news.add(self)
+        self._storage._watchers += (self._watcher,)
+        if self._storage._is_closed:
+            self.closed()
+
+    def __aiter__(self):
+        return self
+
+    async def __anext__(self):
+        if self._ended:
+            raise StopAsyncIteration
+        news = await self._queue.get()
+        if news is None:
+            self._ended = True
+            self._queue.put_nowait(None)  # for another task that waits too
+            raise StopAsyncIteration
+        return news
+
+    async def aclose(self):
+        """Hear no more."""
+        self._ended = True
+        self._unsubscribe()
+        self._queue.put_nowait(None)
+
+    def closed(self):
+        """On any thread: nothing more will come."""
+        self._unsubscribe()
+        self._put(None)
+
+    def _put(self, news):
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            self._loop.call_soon_threadsafe(self._queue.put_nowait, news)
+
+    def _unsubscribe(self):
+        self._storage._watchers = tuple(w for w in self._storage._watchers if w is not self._watcher)
+
+    def __del__(self):
+        if hasattr(self, "_watcher"):
+            self._unsubscribe()
+
+
+class _Watcher:
+    """What the storage calls, on any thread."""
+
+    def __init__(self, news):
+        self._news = news
+
+    def invalidated(self, tid, oids):
+        news = self._news()
+        if news is not None:
+            news._put(Invalidation(tid, oids and list(oids)))
+
+    def closed(self):
+        news = self._news()
+        if news is not None:
+            news.closed()
+
+
+def _note_pack(work):
+    """The end of a pack that nobody waits for any more."""
+    if not work.cancelled() and work.exception() is not None:
+        logger.warning("a pack that nobody waits for has failed: %s", work.exception())

@@ -11,6 +11,7 @@ import re
 import signal
 import threading
 import time
+import weakref
 
 import zc.lockfile
 import ZODB.blob
@@ -25,6 +26,18 @@ DIRECTORIES = 997
 
 LOCK_POLL = 0.01
 LOCK_TIMEOUT = 600.0
+
+
+#: Every ``Blobs`` of this process.
+_open = weakref.WeakSet()
+
+
+def _after_fork_in_child():
+    for blobs in list(_open):
+        blobs._in_this_process()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 class CacheLayout:
@@ -42,6 +55,11 @@ class Blobs:
     """Files of the transaction being committed; what a cache and a shared directory have in common."""
 
     def __init__(self):
+        self._in_this_process()
+        _open.add(self)
+
+    def _in_this_process(self):
+        """Begin anew, also in a forked child: what the parent has is its own, and locks may be held by threads of it."""
         self._taken = {}
 
     def take(self, oid, serial, filename, transaction):
@@ -67,7 +85,10 @@ class Blobs:
             return open(path, "rb")
         return ZODB.blob.BlobFile(path, "r", blob)
 
-    def close(self):
+    def stop(self):
+        """Closing begins."""
+
+    def close(self, timeout=1):
         for transaction in list(self._taken):
             self.aborted(transaction)
 
@@ -103,10 +124,6 @@ class BlobCache(Blobs):
         self._name = name
         self._limit = size
         self._check_after = self._target = None
-        self._added = 0
-        self._lock = threading.Lock()
-        self._checker = None
-        self._again = False
         if size is not None:
             if not 0 <= check_percent < 100:
                 raise ValueError(f"blob_cache_size_check is a percentage below 100, not {check_percent}")
@@ -114,16 +131,32 @@ class BlobCache(Blobs):
             self._target = max(size - self._check_after, 0)
             self._check()
 
+    def _in_this_process(self):
+        super()._in_this_process()
+        self._added = 0
+        self._lock = threading.Lock()
+        self._checker = None
+        self._again = False
+        self._stopped = threading.Event()
+
     def finished(self, transaction, tid):
+        """Never fails: the transaction is committed, and what is not in the cache is downloaded when it is wanted."""
         for oid, path in self._taken.pop(transaction, ()):
-            target = self.fshelper.getBlobFilename(oid, tid)
-            size = os.stat(path).st_size
-            lock = _lock_directory(os.path.dirname(target))
             try:
-                ZODB.blob.rename_or_copy_blob(path, target, chmod=False)
-            finally:
-                lock.close()
-            self._count(size)
+                self._keep(oid, path, tid)
+            except Exception:
+                logger.exception("the blob %s of %s, just committed, cannot be kept in %s", oid.hex(), tid.hex(), self.directory)
+                _remove(path)
+
+    def _keep(self, oid, path, tid):
+        target = self.fshelper.getBlobFilename(oid, tid)
+        size = os.stat(path).st_size
+        lock = _lock_directory(os.path.dirname(target))
+        try:
+            ZODB.blob.rename_or_copy_blob(path, target, chmod=False)
+        finally:
+            lock.close()
+        self._count(size)
 
     def load(self, storage, oid, serial):
         path = self.fshelper.getBlobFilename(oid, serial)
@@ -149,11 +182,16 @@ class BlobCache(Blobs):
             finally:
                 lock.close()
 
-    def close(self):
+    def stop(self):
+        """Let a check that runs end where it is; another will go on with it."""
+        self._stopped.set()
+
+    def close(self, timeout=1):
+        self.stop()
         super().close()
         checker = self._checker
         if checker is not None:
-            checker.join(timeout=1)
+            checker.join(timeout)
 
     def _load_locked(self, storage, oid, serial, path):
         if not _used(path):
@@ -186,12 +224,12 @@ class BlobCache(Blobs):
     def _run_checks(self):
         while True:
             with self._lock:
-                if not self._again:
+                if not self._again or self._stopped.is_set():
                     self._checker = None
                     return
                 self._again = False
             try:
-                check_size(self.directory, self._target)
+                check_size(self.directory, self._target, self._stopped)
             except Exception:
                 logger.exception("the blob cache %s could not be checked", self.directory)
 
@@ -215,38 +253,42 @@ def _make(directory):
         os.remove(new)
 
 
-def check_size(directory, target):
-    """Remove the files used longest ago until at most ``target`` bytes are left.
+def check_size(directory, target, stopped=None):
+    """Remove the files used longest ago until at most ``target`` bytes are left, or the event ``stopped`` is set.
 
     One process at a time: another that wants to leaves a mark, on which the first one looks again.
     """
+    if stopped is None:
+        stopped = threading.Event()
     attempt = os.path.join(directory, "check_size.attempt")
     lock_path = os.path.join(directory, "check_size.lock")
     lock = _try_lock(lock_path)
     if lock is None:
-        time.sleep(1)
+        stopped.wait(1)
         lock = _try_lock(lock_path)
     if lock is None:
         with open(attempt, "w"):
             return
     try:
         while True:
-            total, files = _scan(directory)
+            total, files = _scan(directory, stopped)
             for _, path, size in sorted(files):
-                if total <= target:
+                if total <= target or stopped.is_set():
                     break
                 if _evict(path):
                     total -= size
-            if not os.path.exists(attempt):
+            if stopped.is_set() or not os.path.exists(attempt):
                 return
             _remove(attempt)
     finally:
         lock.close()
 
 
-def _scan(directory):
+def _scan(directory, stopped):
     total, files = 0, []
     for name in os.listdir(directory):
+        if stopped.is_set():
+            break
         if not re.fullmatch(r"\d+", name):
             continue
         for entry in os.scandir(os.path.join(directory, name)):

@@ -5,6 +5,7 @@ ZODB's business in Python: conflict resolution, blob directories, iteration.
 """
 
 import contextlib
+import errno
 import logging
 import os
 import socket
@@ -18,7 +19,7 @@ import ZODB.event
 import ZODB.interfaces
 import zope.interface
 from ZODB.ConflictResolution import ConflictResolvingStorage
-from ZODB.POSException import ConflictError, POSKeyError, StorageTransactionError, Unsupported
+from ZODB.POSException import ConflictError, POSKeyError, ReadOnlyError, StorageTransactionError, Unsupported
 from ZODB.utils import z64
 
 from . import _zeo
@@ -31,6 +32,9 @@ from .tls import client_tls
 logger = logging.getLogger(__name__)
 
 MB = 1 << 20
+
+#: Seconds that closing takes at most, if the machine has time.
+CLOSE = 0.9
 
 #: Conflicts of one transaction that are resolved in turn before it fails.
 MAX_VOTES = 9
@@ -138,6 +142,9 @@ class ClientStorage(ConflictResolvingStorage, _zeo.ClientStorageBase):
             )
         if isinstance(addr, int):
             addr = ("127.0.0.1", addr)
+        # What is wrong is refused before anything is made.
+        addresses = _addresses(addr)
+        cache_path = _cache_path(cache, client, var, storage)
         self.__name__ = name or str(addr)
         self._addr = addr
         self._storage = storage
@@ -147,7 +154,9 @@ class ClientStorage(ConflictResolvingStorage, _zeo.ClientStorageBase):
         self._connection_generation = 0
         self.protocol_version = None
         self._iterators = weakref.WeakSet()
+        #: objects with ``invalidated(tid, oids)`` and ``closed()``, called on any thread
         self._watchers = ()
+        self._is_closed = False
         self._dropped_iterators = []
         self.server_sync = server_sync
         self.blob_dir = blob_dir
@@ -161,7 +170,6 @@ class ClientStorage(ConflictResolvingStorage, _zeo.ClientStorageBase):
                 self._blobs = BlobCache(blob_dir, blob_cache_size, blob_cache_size_check, self.__name__)
             self.fshelper = self._blobs.fshelper
         wait_timeout = wait_timeout or 30
-        cache_path = _cache_path(cache, client, var, storage)
         if cache_trace is None and cache_path is not None and os.environ.get("ZEO_CACHE_TRACE"):
             cache_trace = f"{cache_path}.trace"
         logger.info(
@@ -174,7 +182,7 @@ class ClientStorage(ConflictResolvingStorage, _zeo.ClientStorageBase):
             storage,
         )
         self._open(
-            _addresses(addr),
+            addresses,
             storage,
             self.__name__,
             "wr" if read_only_fallback else "r" if read_only else "w",
@@ -195,18 +203,24 @@ class ClientStorage(ConflictResolvingStorage, _zeo.ClientStorageBase):
     # ---- life
 
     def close(self):
-        """End the connection and the background threads. May be called again."""
+        """End the connection and the background threads, within a second. May be called again."""
+        deadline = time.monotonic() + CLOSE
+        if self._blobs is not None:
+            self._blobs.stop()
         self._close()
         if self._blobs is not None:
-            self._blobs.close()
+            self._blobs.close(max(deadline - time.monotonic(), 0))
+        self._is_closed = True
+        for watcher in self._watchers:
+            watcher.closed()
         self.ping = self.sync = None  # they refer to the storage
 
     def new_addr(self, addr):
         """Other servers of the same data, from the next connection on."""
         if isinstance(addr, int):
             addr = ("127.0.0.1", addr)
-        self._addr = addr
         self._set_addresses(_addresses(addr))
+        self._addr = addr
 
     def registerDB(self, db):
         """Take the database to be told of invalidations.
@@ -237,12 +251,12 @@ class ClientStorage(ConflictResolvingStorage, _zeo.ClientStorageBase):
             raise  # into the log
         finally:
             for watcher in self._watchers:
-                watcher(tid, oids)
+                watcher.invalidated(tid, oids)
 
     def _invalidate_cache(self):
         self.invalidateCache()
         for watcher in self._watchers:
-            watcher(None, None)
+            watcher.invalidated(None, None)
 
     def invalidateTransaction(self, tid, oids):
         """Another client has committed: tell the database. For subclasses; must not call the server."""
@@ -339,14 +353,14 @@ class ClientStorage(ConflictResolvingStorage, _zeo.ClientStorageBase):
 
     # ---- two-phase commit
 
-    def tpc_vote(self, transaction):
+    def tpc_vote(self, txn):
         """Vote; resolve the conflicts that the server leaves to its clients, and vote again."""
         resolved = []
         for _ in range(MAX_VOTES):
             try:
-                answer = self._vote(transaction)
+                answer = self._vote(txn)
             except ConflictError:
-                self._drop_blobs(transaction)
+                self._drop_blobs(txn)
                 raise
             conflicts = [item for item in answer if isinstance(item, dict)]
             resolved.extend(item for item in answer if not isinstance(item, dict))
@@ -355,21 +369,21 @@ class ClientStorage(ConflictResolvingStorage, _zeo.ClientStorageBase):
             for conflict in conflicts:
                 oid, (committed, read) = conflict["oid"], conflict["serials"]
                 data = self.tryToResolveConflict(oid, committed, read, conflict["data"])
-                self.store(oid, committed, data, "", transaction)
+                self.store(oid, committed, data, "", txn)
                 resolved.append(oid)
         raise ConflictError(f"still conflicts after {MAX_VOTES} votes")
 
-    def tpc_finish(self, transaction, f=None):
+    def tpc_finish(self, txn, f=None):
         self._gc_iterators()
-        tid = self._finish(transaction, f)
+        tid = self._finish(txn, f)
         if self._blobs is not None:
-            self._blobs.finished(id(transaction), tid)
+            self._blobs.finished(id(txn), tid)
         return tid
 
-    def tpc_abort(self, transaction, timeout=None):
+    def tpc_abort(self, txn, timeout=None):
         self._gc_iterators()
-        self._drop_blobs(transaction)
-        self._abort(transaction)
+        self._drop_blobs(txn)
+        self._abort(txn)
 
     def _drop_blobs(self, transaction):
         if self._blobs is not None:
@@ -382,14 +396,16 @@ class ClientStorage(ConflictResolvingStorage, _zeo.ClientStorageBase):
             raise Unsupported("Blobs need a blob_dir: give ClientStorage one.")
         return self._blobs
 
-    def storeBlob(self, oid, serial, data, blobfilename, version, transaction):
+    def storeBlob(self, oid, serial, data, blobfilename, version, txn):
         """Store an object with its blob. Takes the file over."""
         assert not version
+        if self._is_read_only():
+            raise ReadOnlyError()
         blobs = self._blob_storage()
-        if not self._is_committing(transaction):
-            raise StorageTransactionError(self.tpc_transaction(), transaction)
-        path = blobs.take(oid, serial, blobfilename, id(transaction))
-        self._store_blob(oid, serial, data, path, self.shared_blob_dir, transaction)
+        if not self._is_committing(txn):
+            raise StorageTransactionError(self.tpc_transaction(), txn)
+        path = blobs.take(oid, serial, blobfilename, id(txn))
+        self._store_blob(oid, serial, data, path, self.shared_blob_dir, txn)
 
     def restoreBlob(self, oid, serial, data, blobfilename, prev_txn, transaction):
         """Store a blob as of the tid that the transaction was begun with, which must be ``serial``. Takes the file over.
@@ -465,20 +481,35 @@ class TransactionRecord(ZODB.BaseStorage.TransactionRecord):
         self._transactions = transactions
 
     def __iter__(self):
-        storage, generation = self._transactions._storage, self._transactions._generation
-        iid = storage._iterator_record_start(generation, self._transactions._iid, self.tid)
-        ended = False
-        try:
-            while True:
-                answer = storage._iterator_record_next(generation, iid)
-                if answer is None:
-                    ended = True
-                    return
-                oid, tid, data, data_txn = answer
-                yield ZODB.BaseStorage.DataRecord(oid, tid, data, data_txn)
-        finally:
-            if not ended:
-                storage._dropped_iterators.append((generation, iid))
+        return RecordIterator(self._transactions, self.tid)
+
+
+class RecordIterator:
+    """The data records of one transaction, one call each."""
+
+    def __init__(self, transactions, tid):
+        self._storage, self._generation = transactions._storage, transactions._generation
+        self._iid = self._storage._iterator_record_start(self._generation, transactions._iid, tid)
+        self._ended = False
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        if self._ended:
+            raise StopIteration
+        answer = self._storage._iterator_record_next(self._generation, self._iid)
+        if answer is None:
+            self._ended = True
+            raise StopIteration
+        return ZODB.BaseStorage.DataRecord(*answer)
+
+    next = __next__
+
+    def __del__(self):
+        if not getattr(self, "_ended", True):
+            self._ended = True
+            self._storage._dropped_iterators.append((self._generation, self._iid))
 
 
 def _cache_path(cache, client, var, storage):
@@ -489,16 +520,31 @@ def _cache_path(cache, client, var, storage):
                 f"cache={cache!r}: the cache of this client is its own, an object of another class cannot take its place;"
                 " pass the path of a file to keep it in, or nothing for one in memory, and its size as cache_size"
             )
-        return os.fspath(cache)
-    if client:
-        return os.path.join(var or os.getcwd(), f"{client}-{storage}.zrc")
-    return None
+        path = os.fspath(cache)
+    elif client:
+        path = os.path.join(var or os.getcwd(), f"{client}-{storage}.zrc")
+    else:
+        return None
+    if os.path.isdir(path):
+        raise IsADirectoryError(
+            errno.EISDIR, "cache: this is a directory; give the path of a file, which will be made in it", os.fspath(path)
+        )
+    return path
 
 
 def _addresses(addr):
-    """A list of paths and ``(host, port)``."""
+    """A list of paths and ``(host, port)``. ``ValueError`` for anything else."""
+    hint = "use a port, (host, port), the path of a unix socket as text, or a list of such"
     if isinstance(addr, (str, os.PathLike)):
         return [os.fspath(addr)]
     if isinstance(addr, tuple) and len(addr) == 2 and isinstance(addr[1], int):
         return [addr]
-    return [("127.0.0.1", one) if isinstance(one, int) else one for one in addr]
+    if isinstance(addr, (bytes, bytearray)):
+        raise ValueError(f"{addr!r} is no address: {hint}")
+    addresses = [("127.0.0.1", one) if isinstance(one, int) else one for one in addr]
+    if not addresses:
+        raise ValueError(f"there is no address in {addr!r}: {hint}")
+    for one in addresses:
+        if isinstance(one, (bytes, bytearray)):
+            raise ValueError(f"{one!r} is no address: {hint}")
+    return addresses

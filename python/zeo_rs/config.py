@@ -252,8 +252,10 @@ def load_server(source, overrides=()):
             # of an OSError its text, without the number
             raise ConfigurationError(f"<ssl>: {getattr(error, 'strerror', None) or error}") from error
     for factory in loaded.storages:
-        if getattr(factory.config, "packer", None):
-            settings.warnings.append(f"packer {factory.config.packer} is not used: the storage packs by itself")
+        # a factory of another package need not keep its section
+        packer = getattr(getattr(factory, "config", None), "packer", None)
+        if packer:
+            settings.warnings.append(f"packer {packer} is not used: the storage packs by itself")
     settings.storages = name_storages([_with_engine(factory) for factory in loaded.storages])
     return settings
 

@@ -5,7 +5,9 @@ import tempfile
 
 import ZODB.blob
 from ZODB.POSException import POSKeyError
-from ZODB.utils import cp
+
+#: Bytes of a blob that are copied at once.
+CHUNK = 1 << 20
 
 
 class Progress:
@@ -13,23 +15,25 @@ class Progress:
 
     def __init__(self):
         self.transactions = self.records = self.blobs = self.bytes = 0
+        #: of the blob that is being copied into a file; those being sent are in the storage's `blob_stats`
+        self.blob_bytes = 0
 
 
 def copy(source, destination, start=None, progress=None):
     """Copy the transactions of ``source`` from ``start`` (a tid, included) on. Returns a ``Progress``.
 
-    ``progress`` is called with it after every record. Each transaction is committed by itself: a copy that ends early, or is
+    ``progress`` is called with it after every record, and while a blob is copied. Each transaction is committed by itself: a copy that ends early, or is
     interrupted, leaves whole transactions, and can be gone on with from the tid after the last one.
 
     Blobs are copied if both storages keep some; a blob whose file is missing in the source is copied without it, as a record.
     """
     done = Progress()
-    blobs = _keeps_blobs(source) and _keeps_blobs(destination)
+    blobs = keeps_blobs(source) and keeps_blobs(destination)
     for transaction in source.iterator(start):
         destination.tpc_begin(transaction, transaction.tid, transaction.status)
         try:
             for record in transaction:
-                _copy_record(source, destination, record, transaction, blobs, done)
+                _copy_record(source, destination, record, transaction, blobs, done, progress)
                 if progress is not None:
                     progress(done)
             destination.tpc_vote(transaction)
@@ -43,7 +47,7 @@ def copy(source, destination, start=None, progress=None):
     return done
 
 
-def _copy_record(source, destination, record, transaction, blobs, done):
+def _copy_record(source, destination, record, transaction, blobs, done, progress):
     done.records += 1
     done.bytes += len(record.data or b"")
     path = _blob(source, record) if blobs else None
@@ -53,13 +57,20 @@ def _copy_record(source, destination, record, transaction, blobs, done):
     # The destination takes the file over; the source keeps its own.
     fd, name = tempfile.mkstemp(suffix=".tmp", dir=destination.temporaryDirectory())
     with os.fdopen(fd, "wb") as target, source.openCommittedBlobFile(record.oid, record.tid) as file:
-        cp(file, target)
-    done.blobs += 1
-    done.bytes += os.path.getsize(name)
+        size = 0
+        while chunk := file.read(CHUNK):
+            target.write(chunk)
+            size += len(chunk)
+            if progress is not None and not hasattr(destination, "blob_stats"):
+                done.blob_bytes = size
+                progress(done)
     destination.restoreBlob(record.oid, record.tid, record.data, name, record.data_txn, transaction)
+    done.blobs += 1
+    done.blob_bytes = 0
+    done.bytes += size
 
 
-def _keeps_blobs(storage):
+def keeps_blobs(storage):
     if not hasattr(storage, "restoreBlob") and not hasattr(storage, "loadBlob"):
         return False
     try:

@@ -9,6 +9,7 @@ import ssl
 from importlib import import_module
 
 from . import _zeo
+from ._probe import has_certificate
 
 __all__ = ["TLS", "client_ssl", "client_tls", "server_ssl", "server_tls"]
 
@@ -67,6 +68,12 @@ class TLS:
         supported.
         """
         certificates = _readable(context)
+        if certificate is None and has_certificate(context):
+            raise _bad(
+                context,
+                "has a certificate of its own (load_cert_chain), which cannot be read from it",
+                "zeo_rs.TLS.from_context(context, certificate='client.pem', key='client.key')",
+            )
         self = cls(
             certificate,
             key,
@@ -173,6 +180,12 @@ def _readable(context):
             "verifies nothing (verify_mode CERT_NONE), which anybody in between can use",
             "zeo_rs.TLS(..., authenticate='server.pem', check_hostname=False)",
         )
+    if not _has_default_ciphers(context):
+        raise _bad(
+            context,
+            "chooses its ciphers (set_ciphers), which are OpenSSL's to choose from",
+            instead + ", which has the few that rustls takes for safe; versions=['TLSv1.3'] leaves the newest of them",
+        )
     stats = context.cert_store_stats()
     certificates = context.get_ca_certs(binary_form=True)
     crl_flags = ssl.VERIFY_CRL_CHECK_LEAF | ssl.VERIFY_CRL_CHECK_CHAIN
@@ -187,6 +200,13 @@ def _readable(context):
             "zeo_rs.TLS(..., authenticate='that directory')",
         )
     return certificates
+
+
+def _has_default_ciphers(context):
+    """Whether the ciphers are those that a context has when it is made, in either way to make one."""
+    names = [cipher["name"] for cipher in context.get_ciphers()]
+    defaults = ssl.SSLContext(context.protocol), ssl.create_default_context()
+    return any(names == [cipher["name"] for cipher in default.get_ciphers()] for default in defaults)
 
 
 def _versions(context):

@@ -30,8 +30,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
-use rustix::fs::FlockOperation;
 
+use super::lock::{Lock, lock};
 use super::record::{self, Record};
 use super::value::{self, Filed, Value, Values};
 use super::{Cache, shard};
@@ -49,6 +49,7 @@ const CLOSE: Duration = Duration::from_millis(600);
 pub(super) enum Event {
     Revision { oid: Oid, tid: Tid, end: Option<Tid>, data: Bytes },
     Invalidate { oid: Oid, tid: Option<Tid> },
+    Forget { oid: Oid },
     LastTid(Tid),
     Clear,
     MoveAside,
@@ -113,18 +114,6 @@ pub(super) fn open(cache: &Arc<Cache>, path: &Path) -> io::Result<(Option<Journa
     };
     std::thread::Builder::new().name("zeo cache".into()).spawn(move || writer.run(&events))?;
     Ok((Some(Journal { events: Mutex::new(sender), queued }), opened))
-}
-
-/// Holds `<path>.lock` while it lives; `None` if another process does.
-fn lock(path: &Path) -> io::Result<Option<File>> {
-    let mut name = path.as_os_str().to_owned();
-    name.push(".lock");
-    let file = OpenOptions::new().write(true).create(true).truncate(false).open(name)?;
-    match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => Ok(Some(file)),
-        Err(rustix::io::Errno::WOULDBLOCK) => Ok(None),
-        Err(error) => Err(error.into()),
-    }
 }
 
 /// The files as they are open for writing.
@@ -236,6 +225,7 @@ fn replay(
             Record::Invalidate { oid, tid } => {
                 cache.end(oid, tid);
             }
+            Record::Forget { oid } => cache.forget(oid),
             Record::LastTid(tid) => last_tid = tid,
             Record::Clear => cache.remove_all(),
         }
@@ -331,7 +321,7 @@ struct Writer {
     queued: Arc<AtomicUsize>,
     /// After an error nothing is written any more.
     broken: bool,
-    _lock: File,
+    _lock: Lock,
 }
 
 impl Writer {
@@ -373,6 +363,7 @@ impl Writer {
                 self.put(&record);
             }
             Event::Invalidate { oid, tid } => self.put(&Record::Invalidate { oid, tid }),
+            Event::Forget { oid } => self.put(&Record::Forget { oid }),
             Event::LastTid(tid) => {
                 self.files.last_tid = tid;
                 self.put(&Record::LastTid(tid));

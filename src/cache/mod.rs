@@ -14,6 +14,7 @@
 //! (what it keeps must not pin a network buffer).
 
 mod journal;
+mod lock;
 mod record;
 mod shard;
 mod simulate;
@@ -28,6 +29,7 @@ use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use bytes::Bytes;
+use rustc_hash::FxHashSet;
 
 use crate::ids::{Oid, Tid};
 use crate::storage::Loaded;
@@ -134,15 +136,45 @@ impl Cache {
         self.remove_all();
     }
 
-    /// The current revision with the greatest tid.
-    pub fn newest(&self) -> Option<(Oid, Tid)> {
-        let mut newest = None;
+    /// Of the current revisions the `most` with the greatest tids, greatest first; without those of the objects `but`.
+    pub fn newest(&self, most: usize, but: &FxHashSet<Oid>) -> Vec<(Oid, Tid)> {
+        let mut current = Vec::new();
         self.for_each(|oid, tid, end, _| {
-            if end.is_none() && newest.is_none_or(|(_, greatest)| tid > greatest) {
-                newest = Some((oid, tid));
+            if end.is_none() && !but.contains(&oid) {
+                current.push((oid, tid));
             }
         });
-        newest
+        let order = |&(oid, tid): &(Oid, Tid)| (std::cmp::Reverse(tid), oid);
+        if most < current.len() {
+            current.select_nth_unstable_by_key(most, order);
+            current.truncate(most);
+        }
+        current.sort_unstable_by_key(order);
+        current
+    }
+
+    /// Forgets every object of which it knows something that happened after `tid`: that may be another history's.
+    pub fn forget_after(&self, tid: Tid) {
+        let mut oids = Vec::new();
+        self.for_each(|oid, start, end, _| {
+            if end.unwrap_or(start) > tid {
+                oids.push(oid);
+            }
+        });
+        for oid in oids {
+            self.forget(oid);
+            self.record(|| Event::Forget { oid });
+        }
+    }
+
+    fn forget(&self, oid: Oid) {
+        let change = {
+            let mut shard = self.shard(oid);
+            let before = shard.bytes();
+            shard.forget_all(oid);
+            shard.bytes() as isize - before as isize
+        };
+        self.add(change);
     }
 
     /// The revision of `oid` that was current just before `before`, if the cache knows it for certain.

@@ -8,6 +8,7 @@
 //! | --- | --- | --- |
 //! | `R` | oid, tid, end, offset, length (u32), checksum (u32) | a revision; end all ones: current; where its data is |
 //! | `I` | oid, tid | its current revision ended at tid; 0: is forgotten |
+//! | `F` | oid | all its revisions are forgotten |
 //! | `T` | tid | everything up to tid is above |
 //! | `C` | | everything is forgotten |
 
@@ -24,6 +25,7 @@ pub(super) const REVISION: u64 = 45;
 pub(super) enum Record {
     Revision { oid: Oid, tid: Tid, end: Option<Tid>, offset: u64, length: u32, checksum: u32 },
     Invalidate { oid: Oid, tid: Option<Tid> },
+    Forget { oid: Oid },
     LastTid(Tid),
     Clear,
 }
@@ -59,6 +61,7 @@ pub(super) fn put(out: &mut Vec<u8>, generation: u64, start: u64, record: &Recor
             write(b'R', &[oid.0, tid.0, end, offset], &[length, checksum]);
         }
         Record::Invalidate { oid, tid } => write(b'I', &[oid.0, tid.map_or(0, |tid| tid.0)], &[]),
+        Record::Forget { oid } => write(b'F', &[oid.0], &[]),
         Record::LastTid(tid) => write(b'T', &[tid.0], &[]),
         Record::Clear => write(b'C', &[], &[]),
     }
@@ -79,7 +82,7 @@ pub(super) fn read(reader: &mut impl Read, generation: u64, at: u64) -> io::Resu
     let length = match bytes[0] {
         b'R' => REVISION as usize,
         b'I' => 21,
-        b'T' => 13,
+        b'F' | b'T' => 13,
         b'C' => 5,
         _ => return Ok(None),
     };
@@ -111,6 +114,7 @@ fn parse(body: &[u8]) -> Option<Record> {
             let tid = number(body, 9)?;
             Record::Invalidate { oid: Oid(number(body, 1)?), tid: (tid != 0).then_some(Tid(tid)) }
         }
+        b'F' => Record::Forget { oid: Oid(number(body, 1)?) },
         b'T' => Record::LastTid(Tid(number(body, 1)?)),
         _ => Record::Clear,
     })

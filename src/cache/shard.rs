@@ -223,6 +223,15 @@ impl Shard {
         true
     }
 
+    /// Forgets everything of an object.
+    pub(super) fn forget_all(&mut self, oid: Oid) {
+        while let Some(newest) =
+            self.objects.get(&oid.0).and_then(|revisions| revisions.as_slice().first().copied())
+        {
+            self.forget(newest);
+        }
+    }
+
     /// Frees at least `wanted` bytes if it has them.
     pub(super) fn evict(&mut self, wanted: usize) {
         let target = self.bytes.saturating_sub(wanted);

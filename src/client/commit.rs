@@ -6,7 +6,7 @@ use std::sync::{Arc, MutexGuard, PoisonError};
 use bytes::Bytes;
 
 use super::connection::Connection;
-use super::transaction::{FinishCallback, Txn};
+use super::transaction::{FinishCallback, Place, Txn};
 use super::{Client, ClientError, LOOK_AGAIN, Result, blob, dial, oid_of};
 use crate::ids::{Oid, Tid};
 use crate::pickle::Value;
@@ -31,11 +31,32 @@ impl Client {
         if self.is_read_only() {
             return Err(ClientError::ReadOnly);
         }
-        let mut txn = self.txn();
+        self.take_turn(&key)?;
+        let mut turn = Turn { client: self, key: &key, is_open: false };
+        // Without the lock: whoever asks meanwhile whether it is his turn is told at once that it is not.
+        let connection = self.operational(Some(self.options.wait_timeout), false)?;
+        turn.check()?;
+        let call = Call::TpcBegin { txn: key.clone(), user, description, extension, tid, status };
+        connection.send_async(&call).inspect_err(|error| {
+            if matches!(error, ClientError::Callback(_)) {
+                // A signal ended the waiting behind another writer; the call stays, and goes with what that one writes next.
+                let _ = connection.send_async(&Call::TpcAbort { txn: key.clone() });
+            }
+        })?;
+        let txn = Txn::new(key.clone(), connection.generation, self.core.cache.max_bytes() / 2);
+        turn.open(txn).inspect_err(|_| {
+            // Should that fail, the connection is gone, and with it the transaction.
+            let _ = connection.send_async(&Call::TpcAbort { txn: key.clone() });
+        })
+    }
+
+    /// Waits until nobody commits, and has the place kept for `key`.
+    fn take_turn(&self, key: &TxnKey) -> Result<()> {
+        let mut place = self.place();
         loop {
-            match &*txn {
+            match &*place {
                 None => break,
-                Some(open) if open.key == key => {
+                Some(taken) if taken.key() == key => {
                     return Err(ClientError::Transaction(
                         "Duplicate tpc_begin calls for same transaction".into(),
                     ));
@@ -45,45 +66,42 @@ impl Client {
             if self.is_closing() {
                 return Err(ClientError::disconnected("closed"));
             }
-            (txn, _) = self.txn_ended.wait_timeout(txn, LOOK_AGAIN).unwrap_or_else(PoisonError::into_inner);
-            if txn.is_some() {
-                drop(txn);
+            (place, _) =
+                self.txn_ended.wait_timeout(place, LOOK_AGAIN).unwrap_or_else(PoisonError::into_inner);
+            if place.is_some() {
+                drop(place);
                 self.core.check_interrupt()?;
-                txn = self.txn();
+                place = self.place();
             }
         }
-        // Held while waiting for a connection: whoever wants it waits for its turn in any case.
-        let connection = self.operational(Some(self.options.wait_timeout), false)?;
-        connection.send_async(&Call::TpcBegin {
-            txn: key.clone(),
-            user,
-            description,
-            extension,
-            tid,
-            status,
-        })?;
-        *txn = Some(Txn::new(key, connection.generation, self.core.cache.max_bytes() / 2));
+        *place = Some(Place::Beginning { key: key.clone(), aborted: false });
         Ok(())
     }
 
     pub fn store(&self, key: &TxnKey, oid: Oid, serial: Tid, data: Bytes) -> Result<()> {
-        self.in_txn("store", key, |connection, txn| {
-            txn.stored(oid, &data);
-            connection.send_async(&Call::Storea { oid, serial, data, txn: key.clone() })
-        })
+        let call = Call::Storea { oid, serial, data: data.clone(), txn: key.clone() };
+        self.send_in_txn(
+            "store",
+            key,
+            |txn| txn.stored(oid, &data),
+            |connection| connection.send_async(&call),
+        )
     }
 
     pub fn check_current(&self, key: &TxnKey, oid: Oid, serial: Tid) -> Result<()> {
-        self.in_txn("checkCurrentSerialInTransaction", key, |connection, _| {
-            connection.send_async(&Call::CheckCurrentSerial { oid, serial, txn: key.clone() })
-        })
+        let call = Call::CheckCurrentSerial { oid, serial, txn: key.clone() };
+        let method = "checkCurrentSerialInTransaction";
+        self.send_in_txn(method, key, |_| {}, |connection| connection.send_async(&call))
     }
 
     pub fn delete_object(&self, key: &TxnKey, oid: Oid, serial: Tid) -> Result<()> {
-        self.in_txn("deleteObject", key, |connection, txn| {
-            txn.changed(oid);
-            connection.send_async(&Call::DeleteObject { oid, serial, txn: key.clone() })
-        })
+        let call = Call::DeleteObject { oid, serial, txn: key.clone() };
+        self.send_in_txn(
+            "deleteObject",
+            key,
+            |txn| txn.changed(oid),
+            |connection| connection.send_async(&call),
+        )
     }
 
     pub fn restore(
@@ -94,26 +112,24 @@ impl Client {
         data: Option<Bytes>,
         prev_txn: Option<Tid>,
     ) -> Result<()> {
-        self.in_txn("restore", key, |connection, txn| {
-            txn.changed(oid);
-            connection.send_async(&Call::Restorea { oid, serial, data, prev_txn, txn: key.clone() })
-        })
+        let call = Call::Restorea { oid, serial, data, prev_txn, txn: key.clone() };
+        self.send_in_txn("restore", key, |txn| txn.changed(oid), |connection| connection.send_async(&call))
     }
 
     pub fn undo(&self, key: &TxnKey, trans_id: Bytes) -> Result<()> {
-        self.in_txn("undo", key, |connection, _| {
-            connection.send_async(&Call::Undoa { trans_id, txn: key.clone() })
-        })
+        let call = Call::Undoa { trans_id, txn: key.clone() };
+        self.send_in_txn("undo", key, |_| {}, |connection| connection.send_async(&call))
     }
 
     /// `store`, then the blob in `path`, chunk by chunk.
     pub fn store_blob(&self, key: &TxnKey, oid: Oid, serial: Tid, data: Bytes, path: &Path) -> Result<()> {
         let upload = blob::Upload::open(path, oid, serial, data.clone(), key.clone())?;
-        self.in_txn("storeBlob", key, |connection, txn| {
-            txn.stored(oid, &data);
-            connection.send_async(&Call::Storea { oid, serial, data, txn: key.clone() })?;
+        let call = Call::Storea { oid, serial, data: data.clone(), txn: key.clone() };
+        let send = |connection: &Connection| {
+            connection.send_async(&call)?;
             connection.send_upload(&upload)
-        })
+        };
+        self.send_in_txn("storeBlob", key, |txn| txn.stored(oid, &data), send)
     }
 
     /// `store` with a blob that lies in the server's own directory already.
@@ -125,17 +141,18 @@ impl Client {
         data: Bytes,
         filename: String,
     ) -> Result<()> {
-        self.in_txn("storeBlob", key, |connection, txn| {
-            txn.stored(oid, &data);
+        let send = |connection: &Connection| {
             connection.send_async(&Call::Storea { oid, serial, data: data.clone(), txn: key.clone() })?;
+            let data = data.clone();
             connection.send_async(&Call::StoreBlobShared { oid, serial, data, filename, txn: key.clone() })
-        })
+        };
+        self.send_in_txn("storeBlob", key, |txn| txn.stored(oid, &data), send)
     }
 
     /// The server's answer: oids that it resolved or undid, and conflicts that the client is to resolve.
     pub fn tpc_vote(&self, key: &TxnKey) -> Result<Vec<Value>> {
         self.may_wait("tpc_vote")?;
-        let connection = self.in_txn("tpc_vote", key, |connection, _| Ok(connection.clone()))?;
+        let connection = self.in_txn("tpc_vote", key, |_| {})?.0;
         let answer = connection.call(&Call::Vote { txn: key.clone() }).inspect_err(|error| {
             // What the cache has of that object led to the conflict: it must not do so again.
             if let ClientError::Fault(fault) = error
@@ -144,7 +161,7 @@ impl Client {
             {
                 self.core.cache.invalidate(oid, None);
             }
-            if let (ClientError::Fault(fault), Some(txn)) = (error, &mut *self.txn()) {
+            if let (ClientError::Fault(fault), Some(Place::Open(txn))) = (error, &mut *self.place()) {
                 txn.refused = txn.key == *key && fault.class.ends_with("ConflictError");
             }
         })?;
@@ -155,13 +172,8 @@ impl Client {
                 return Err(ClientError::UnexpectedAnswer { call: "vote", problem: format!("{other:?}") });
             }
         };
-        self.in_txn("tpc_vote", key, |_, txn| {
-            for item in &answer {
-                if let Some(oid) = oid_of(item) {
-                    txn.resolved(oid);
-                }
-            }
-            Ok(())
+        self.in_txn("tpc_vote", key, |txn| {
+            answer.iter().filter_map(oid_of).for_each(|oid| txn.resolved(oid));
         })?;
         Ok(answer)
     }
@@ -174,9 +186,7 @@ impl Client {
     /// connection is given up, because cache and server may disagree.
     pub fn tpc_finish(&self, key: &TxnKey, callback: FinishCallback) -> Result<Tid> {
         self.may_wait("tpc_finish")?;
-        let (connection, finish) = self.in_txn("tpc_finish", key, |connection, txn| {
-            Ok((connection.clone(), txn.take_finish(callback)))
-        })?;
+        let (connection, finish) = self.in_txn("tpc_finish", key, |txn| txn.take_finish(callback))?;
         // Until the answer is there the next transaction waits: a server may take the calls of a connection
         // side by side.
         let answer = connection.finish(&Call::TpcFinish { txn: key.clone() }, finish);
@@ -190,13 +200,19 @@ impl Client {
     ///
     /// A server has ended a transaction that it refused for a conflict: it is told all the same, with the next call.
     pub fn tpc_abort(&self, key: &TxnKey) -> Result<()> {
-        let (generation, refused) = match &*self.txn() {
-            Some(txn) if txn.key == *key => (txn.generation, txn.refused),
+        let (generation, refused) = match &mut *self.place() {
+            Some(Place::Open(txn)) if txn.key == *key => (txn.generation, txn.refused),
+            Some(Place::Beginning { key: beginning, aborted }) if beginning == key => {
+                // The thread that begins it sees to the rest.
+                *aborted = true;
+                return Ok(());
+            }
             _ => return Ok(()),
         };
         let abort = Call::TpcAbort { txn: key.clone() };
         let aborted = if refused {
-            self.in_txn("tpc_abort", key, |connection, _| connection.send_async(&abort)).map(|()| Value::None)
+            self.send_in_txn("tpc_abort", key, |_| {}, |connection| connection.send_async(&abort))
+                .map(|()| Value::None)
         } else {
             self.call_on(generation, "tpc_abort", &abort)
         };
@@ -207,21 +223,24 @@ impl Client {
         }
     }
 
-    /// True while `key` is the transaction being committed.
+    /// True while `key` is the transaction being committed. Waits for nothing, so it may be asked with the GIL held.
     pub fn is_committing(&self, key: &TxnKey) -> bool {
-        self.txn().as_ref().is_some_and(|txn| txn.key == *key)
+        matches!(&*self.place(), Some(Place::Open(txn)) if txn.key == *key)
     }
 
-    /// Something about the transaction being committed, on the connection it began on.
+    /// Notes something about the transaction being committed. Its connection, if that is still the one it began on.
+    ///
+    /// `note` must not wait: the lock is held, for which others wait with the GIL.
     fn in_txn<T>(
         &self,
         method: &'static str,
         key: &TxnKey,
-        run: impl FnOnce(&Arc<Connection>, &mut Txn) -> Result<T>,
-    ) -> Result<T> {
-        let mut place = self.txn();
-        let Some(txn) = place.as_mut().filter(|txn| txn.key == *key) else {
-            return Err(wrong_txn(method));
+        note: impl FnOnce(&mut Txn) -> T,
+    ) -> Result<(Arc<Connection>, T)> {
+        let mut place = self.place();
+        let txn = match &mut *place {
+            Some(Place::Open(txn)) if txn.key == *key => txn,
+            _ => return Err(wrong_txn(method)),
         };
         let poisoned = || ClientError::disconnected(format!("{method} on a disconnected transaction"));
         let connection = self.operational(None, false).map_err(|error| match error {
@@ -231,17 +250,72 @@ impl Client {
         if connection.generation != txn.generation {
             return Err(poisoned());
         }
-        run(&connection, txn)
+        let noted = note(txn);
+        Ok((connection, noted))
+    }
+
+    /// Notes it, then sends it, without the lock: a server that does not read keeps nobody from aborting.
+    fn send_in_txn(
+        &self,
+        method: &'static str,
+        key: &TxnKey,
+        note: impl FnOnce(&mut Txn),
+        send: impl FnOnce(&Connection) -> Result<()>,
+    ) -> Result<()> {
+        let (connection, _sending) = self.in_txn(method, key, |txn| {
+            let sending = txn.sending();
+            note(txn);
+            sending
+        })?;
+        send(&connection)
     }
 
     /// The next transaction may begin.
     fn end_txn(&self, key: &TxnKey) {
-        self.txn().take_if(|txn| txn.key == *key);
+        self.place().take_if(|place| place.key() == key);
         self.txn_ended.notify_all();
     }
 
-    fn txn(&self) -> MutexGuard<'_, Option<Txn>> {
+    /// Held for a few instructions only.
+    fn place(&self) -> MutexGuard<'_, Option<Place>> {
         self.txn.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The place kept for a transaction that begins: at the end it is open, or whoever waits may begin.
+struct Turn<'a> {
+    client: &'a Client,
+    key: &'a TxnKey,
+    is_open: bool,
+}
+
+impl Turn<'_> {
+    /// An error if another thread has aborted it meanwhile.
+    fn check(&self) -> Result<()> {
+        if matches!(&*self.client.place(), Some(Place::Beginning { aborted: false, .. })) {
+            return Ok(());
+        }
+        Err(ClientError::Transaction(
+            "tpc_begin: another thread has aborted the transaction meanwhile".into(),
+        ))
+    }
+
+    fn open(&mut self, txn: Txn) -> Result<()> {
+        let mut place = self.client.place();
+        if let Some(Place::Beginning { aborted: false, .. }) = &*place {
+            *place = Some(Place::Open(txn));
+            self.is_open = true;
+        }
+        drop(place);
+        if self.is_open { Ok(()) } else { self.check() }
+    }
+}
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        if !self.is_open {
+            self.client.end_txn(self.key);
+        }
     }
 }
 

@@ -31,7 +31,7 @@ use super::blob::{BlobProgress, Upload};
 use super::core::Core;
 use super::error::{ClientError, Result};
 use super::inbox::{CHUNK, Inbox};
-use super::slot::{Answer, Slot};
+use super::slot::{Answer, LOOK_AGAIN, Slot};
 use super::stream::{Stream, Wake};
 use super::transaction::Finish;
 use crate::ids::{Oid, Tid};
@@ -157,7 +157,7 @@ impl Connection {
         let slot = Slot::new();
         let id = self.next_id();
         self.expect(id, Pending::Call(slot.clone()))?;
-        self.send(&MessageId::Seq(id), false, call)?;
+        self.send(&MessageId::Seq(id), call, true)?;
         match self.wait(&slot, true)? {
             Answer::Value(value) => Ok(value),
             Answer::Loaded(_) => Err(wrong_answer("a call")),
@@ -169,7 +169,7 @@ impl Connection {
         let slot = Slot::new();
         let id = self.next_id();
         self.expect(id, Pending::Finish(slot.clone(), Box::new(finish)))?;
-        self.send(&MessageId::Seq(id), false, call)?;
+        self.send(&MessageId::Seq(id), call, false)?;
         match self.wait(&slot, false)? {
             Answer::Value(value) => Ok(value),
             Answer::Loaded(_) => Err(wrong_answer("tpc_finish")),
@@ -196,7 +196,7 @@ impl Connection {
             }
         };
         if first {
-            self.send(&MessageId::Load { oid, before }, false, &Call::LoadBefore { oid, before })?;
+            self.send(&MessageId::Load { oid, before }, &Call::LoadBefore { oid, before }, true)?;
         }
         match self.wait(&slot, true)? {
             Answer::Loaded(loaded) => Ok(loaded),
@@ -229,7 +229,7 @@ impl Connection {
                     &Call::LoadBefore { oid, before },
                 )?;
             }
-            self.flush(out)?;
+            self.flush(out, true)?;
         }
         Ok(())
     }
@@ -242,7 +242,7 @@ impl Connection {
         if out.collected.len() < FLUSH_AT {
             return Ok(());
         }
-        let flushed = self.flush(out);
+        let flushed = self.flush(out, true);
         // A large transaction is nobody's hurry: loads that wait for the processor go first.
         std::thread::yield_now();
         flushed
@@ -254,33 +254,46 @@ impl Connection {
     /// receiver on the same machine then takes twice as long for its own: measured.)
     pub(super) fn send_upload(&self, upload: &Upload) -> Result<()> {
         self.shared().check()?;
-        // Nobody writes, and nobody can begin to while the lock is held.
-        let mut out = self.unwritten(self.out());
+        let mut out = self.unwritten(self.out(), true)?;
+        // What others have collected goes first; what they collect from now on, behind it all.
+        let mut mine = std::mem::take(&mut out.collected);
+        let mut writer = Writer::begin(self, &mut out);
+        drop(out);
         self.core.uploads.set(Some(BlobProgress {
             is_upload: true,
             oid: upload.oid,
             bytes_done: 0,
             bytes_total: Some(upload.size),
         }));
-        let sent = self.send_chunks(upload, &mut out);
+        let sent = self.send_chunks(upload, &mut mine);
         self.core.uploads.set(None);
-        if let Err(error) = &sent {
-            drop(out);
+        if let Err(error) = sent {
             // Half a sequence cannot be taken back.
             self.fail(ClientError::disconnected(format!("an upload broke off: {error}")));
+            return Err(error);
         }
-        sent
+        let mut out = self.out();
+        if out.collected.is_empty() {
+            // Nobody waits for it: written with the next call.
+            out.collected = mine;
+            writer.end(&mut out);
+            return Ok(());
+        }
+        mine.extend_from_slice(&out.collected);
+        out.collected = mine;
+        self.write_collected(writer, out, true)
     }
 
-    fn send_chunks(&self, upload: &Upload, out: &mut Out) -> Result<()> {
-        encode(&mut out.collected, self.encoding, &MessageId::Seq(0), true, &Call::StoreBlobStart)?;
+    fn send_chunks(&self, upload: &Upload, buffer: &mut BytesMut) -> Result<()> {
+        encode(buffer, self.encoding, &MessageId::Seq(0), true, &Call::StoreBlobStart)?;
         for (offset, length) in upload.chunks() {
-            let read = |out: &mut BytesMut| upload.read(offset, length, out);
-            wire::encode_upload(self.encoding, length, &mut out.collected, read)?;
-            self.flush_locked(out)?;
+            let read = |buffer: &mut BytesMut| upload.read(offset, length, buffer);
+            wire::encode_upload(self.encoding, length, buffer, read)?;
+            self.write(buffer, true)?;
+            buffer.clear();
             self.core.uploads.advance(length);
         }
-        encode(&mut out.collected, self.encoding, &MessageId::Seq(0), true, &upload.end)
+        encode(buffer, self.encoding, &MessageId::Seq(0), true, &upload.end)
     }
 
     /// Sent by the background thread. Never waits behind a writer: whoever writes keeps the connection alive anyway.
@@ -293,36 +306,46 @@ impl Connection {
         }
     }
 
-    fn send(&self, id: &MessageId, is_async: bool, call: &Call) -> Result<()> {
+    /// A call that is answered. `may_give_up`: a signal may end the sending of it.
+    fn send(&self, id: &MessageId, call: &Call, may_give_up: bool) -> Result<()> {
         let mut out = self.out();
-        if let Err(error) = encode(&mut out.collected, self.encoding, id, is_async, call) {
+        if let Err(error) = encode(&mut out.collected, self.encoding, id, false, call) {
             drop(out);
             self.forget(id, &error);
             return Err(error);
         }
-        // A failed write has failed every waiter, this caller's slot too.
-        self.flush(out).ok();
-        Ok(())
+        match self.flush(out, may_give_up) {
+            // A failed write has failed every waiter, this caller's slot too.
+            Err(error) if !error.is_disconnected() => Err(error),
+            _ => Ok(()),
+        }
     }
 
     /// Has everything written that is collected: by whoever writes just now, who finds it there, or by this thread. So calls
     /// made at the same time share a `send`, and nobody waits for another's unless there is much to write.
-    fn flush(&self, out: MutexGuard<'_, Out>) -> Result<()> {
+    fn flush<'a>(&'a self, mut out: MutexGuard<'a, Out>, may_give_up: bool) -> Result<()> {
         if out.writing {
             if out.collected.len() < FLUSH_AT {
                 return Ok(());
             }
-            return self.flush_locked(&mut self.unwritten(out));
+            out = self.unwritten(out, may_give_up)?;
         }
-        let mut writer = Writer { connection: self, done: false };
-        // Declared last, dropped first: the writer takes the lock when it is dropped.
-        let mut out = out;
-        out.writing = true;
+        let writer = Writer::begin(self, &mut out);
+        self.write_collected(writer, out, may_give_up)
+    }
+
+    /// Dropped in the reverse order, the lock first: the writer takes it when it is dropped.
+    fn write_collected<'a>(
+        &'a self,
+        mut writer: Writer<'a>,
+        mut out: MutexGuard<'a, Out>,
+        may_give_up: bool,
+    ) -> Result<()> {
         for _ in 0..MAX_SENDS {
             let spare = std::mem::take(&mut out.spare);
             let mut data = std::mem::replace(&mut out.collected, spare);
             drop(out);
-            let written = self.stream.write_all(&data);
+            let written = self.write(&data, may_give_up);
             data.clear();
             out = self.out();
             if data.capacity() <= KEEP_BUFFER {
@@ -330,7 +353,7 @@ impl Connection {
             }
             if let Err(error) = written {
                 drop(out);
-                return Err(self.lost(&error));
+                return Err(error);
             }
             if out.collected.is_empty() {
                 break;
@@ -342,12 +365,34 @@ impl Connection {
         written
     }
 
+    /// Writes, without a lock if the caller `may_give_up`: a signal then runs Python code. Ends the connection if it fails.
+    fn write(&self, data: &[u8], may_give_up: bool) -> Result<()> {
+        let mut given_up = None;
+        let written = self.stream.write_all(data, &mut || {
+            // Not asked in vain: what a signal handler raised would be lost.
+            if may_give_up && let Err(error) = self.core.check_interrupt() {
+                given_up = Some(error);
+                return Err(io::ErrorKind::Interrupted.into());
+            }
+            Ok(())
+        });
+        match (written, given_up) {
+            (Ok(()), _) => Ok(()),
+            (Err(_), Some(given_up)) => {
+                // The rest of the message cannot be sent by anybody else.
+                self.fail(ClientError::disconnected("a signal ended a call in the middle of being sent"));
+                Err(given_up)
+            }
+            (Err(error), None) => Err(self.lost(&error)),
+        }
+    }
+
     /// As [`Self::flush`], while nobody else writes or can begin to.
     fn flush_locked(&self, out: &mut Out) -> Result<()> {
         if out.collected.is_empty() {
             return Ok(());
         }
-        let written = self.stream.write_all(&out.collected);
+        let written = self.stream.write_all(&out.collected, &mut || Ok(()));
         out.collected.clear();
         if out.collected.capacity() > KEEP_BUFFER {
             out.collected = BytesMut::new();
@@ -355,14 +400,24 @@ impl Connection {
         written.map_err(|error| self.lost(&error))
     }
 
-    /// Waits until nobody writes.
-    fn unwritten<'a>(&self, mut out: MutexGuard<'a, Out>) -> MutexGuard<'a, Out> {
+    /// Waits until nobody writes, or until the caller is to give up.
+    fn unwritten<'a>(
+        &'a self,
+        mut out: MutexGuard<'a, Out>,
+        may_give_up: bool,
+    ) -> Result<MutexGuard<'a, Out>> {
         while out.writing {
             out.waiting += 1;
-            out = self.written.wait(out).unwrap_or_else(PoisonError::into_inner);
+            let waited = self.written.wait_timeout(out, LOOK_AGAIN).unwrap_or_else(PoisonError::into_inner);
+            out = waited.0;
             out.waiting -= 1;
+            if may_give_up && waited.1.timed_out() {
+                drop(out);
+                self.core.check_interrupt()?;
+                out = self.out();
+            }
         }
-        out
+        Ok(out)
     }
 
     fn lost(&self, error: &io::Error) -> ClientError {
@@ -703,7 +758,12 @@ struct Writer<'a> {
     done: bool,
 }
 
-impl Writer<'_> {
+impl<'a> Writer<'a> {
+    fn begin(connection: &'a Connection, out: &mut Out) -> Self {
+        out.writing = true;
+        Self { connection, done: false }
+    }
+
     fn end(&mut self, out: &mut Out) {
         self.done = true;
         out.writing = false;

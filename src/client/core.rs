@@ -81,7 +81,7 @@ impl Core {
         }
     }
 
-    /// One atomic read, unless the tid is just about to move (own commit, reconnect).
+    /// One atomic read, unless the tid is just about to move (own commit, reconnect): then waits for that.
     pub(super) fn last_tid(&self) -> Tid {
         if self.gate.load(Ordering::Acquire) {
             self.wait_for_gate();
@@ -89,9 +89,13 @@ impl Core {
         self.last_tid_now()
     }
 
-    /// True if [`Self::last_tid`] would have to wait.
-    pub(super) fn is_gated(&self) -> bool {
-        self.gate.load(Ordering::Acquire)
+    /// As [`Self::last_tid`], but `None` instead of waiting.
+    ///
+    /// The gate may close between the two reads. The tid is then either the one from before, as if it had been read a
+    /// moment earlier, or the next one, which moves only when everything that belongs to it is done.
+    pub(super) fn try_last_tid(&self) -> Option<Tid> {
+        let may_wait = self.gate.load(Ordering::Acquire) && !is_in_callback();
+        (!may_wait).then(|| self.last_tid_now())
     }
 
     pub(super) fn last_tid_now(&self) -> Tid {
@@ -224,4 +228,32 @@ pub(super) fn in_callback<T>(run: impl FnOnce() -> T) -> T {
 
 pub(super) fn is_in_callback() -> bool {
     IN_CALLBACK.get()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Nobody;
+
+    impl DatabaseCallbacks for Nobody {
+        fn invalidate(&self, _: Tid, _: &[Oid]) {}
+        fn invalidate_cache(&self) {}
+        fn connected(&self, _: &Session) {}
+        fn disconnected(&self) {}
+        fn stale_cache(&self) {}
+    }
+
+    #[test]
+    fn a_gate_that_closes_is_never_waited_for_by_who_must_not() {
+        let core = Core::new(Arc::new(Cache::new(1 << 20)), Tid(7), Arc::new(Nobody));
+        assert_eq!(core.try_last_tid(), Some(Tid(7)));
+        let gate = Gate::close(&core);
+        assert_eq!(core.try_last_tid(), None, "it has to wait, where it may");
+        assert_eq!(in_callback(|| core.try_last_tid()), Some(Tid(7)), "a callback is what is waited for");
+        core.advance(Tid(8));
+        drop(gate);
+        assert_eq!(core.try_last_tid(), Some(Tid(8)));
+        assert_eq!(core.last_tid(), Tid(8));
+    }
 }

@@ -88,7 +88,7 @@ pub(super) fn dial(
     let encoding = wire::choose(&announced)?;
     let mut out = BytesMut::new();
     wire::put_frame(&mut out, encoding.protocol())?;
-    stream.write_all(&out)?;
+    stream.write_all(&out, &mut || Ok(()))?;
     let mut registered = Registered {
         stream,
         encoding,
@@ -132,7 +132,7 @@ impl Registered {
             let mut out = BytesMut::new();
             let call = Call::SetClientLabel { label: label.clone() };
             wire::encode_call(self.encoding, &MessageId::Seq(0), true, &call, &mut out)?;
-            self.stream.write_all(&out)?;
+            self.stream.write_all(&out, &mut || Ok(()))?;
         }
         Ok(())
     }
@@ -149,7 +149,7 @@ impl Registered {
         self.next_id += 1;
         let mut out = BytesMut::new();
         wire::encode_call(self.encoding, &MessageId::Seq(id), false, call, &mut out)?;
-        self.stream.write_all(&out)?;
+        self.stream.write_all(&out, &mut || Ok(()))?;
         loop {
             while let Some(message) = self.inbox.next(self.encoding)? {
                 match message {

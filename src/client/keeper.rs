@@ -7,12 +7,12 @@ use std::time::{Duration, Instant};
 
 use super::connection::Connection;
 use super::core::{Session, in_callback};
-use super::dial::{Backoff, DialError, Registered, dial, tid_of};
+use super::dial::{Backoff, DialError, Registered, dial};
 use super::error::ClientError;
 use super::options::Access;
 use super::stream::Peer;
+use super::verify::verify;
 use super::{Client, Phase};
-use crate::ids::{Oid, Tid};
 use crate::net::Address;
 use crate::pickle::Value;
 use crate::wire::{Call, Notice};
@@ -192,7 +192,7 @@ impl Keeper {
     fn take_over(&mut self, mut registered: Box<Registered>) -> Result<Arc<Connection>, DialError> {
         let client = self.client.clone();
         let deadline = Instant::now() + client.options.timers.handshake;
-        let (tid, oids) = self.verify(&mut registered, deadline)?;
+        let (tid, oids) = verify(&client, &mut registered, deadline)?;
         let Value::Dict(info) = registered.call("get_info", &Call::GetInfo, deadline, &client.closing)?
         else {
             return Err(DialError::Unexpected("get_info"));
@@ -232,86 +232,6 @@ impl Keeper {
         tracing::info!(name = client.options.name, host = session.host, port = ?session.port, read_only = session.read_only, tid = %tid, "connected");
         client.install(&connection, session);
         Ok(connection)
-    }
-
-    /// What changed since the cache was last up to date. Afterwards the cache is right as of the returned tid.
-    fn verify(&self, registered: &mut Registered, deadline: Instant) -> Result<(Tid, Vec<Oid>), DialError> {
-        let client = &self.client;
-        let core = &client.core;
-        if !client.was_ready() {
-            if core.cache.is_empty() {
-                // There is nothing that its tid could be about.
-                core.forget_last_tid();
-            } else {
-                self.check_file(registered, deadline)?;
-            }
-        }
-        let (cached, server) = (core.last_tid_now(), registered.server_tid);
-        if cached > server {
-            return Err(DialError::Cache(format!(
-                "the server's last transaction {server} is older than {cached}, which this client has seen: \
-                 a restored backup, a lagging replica or another database; restart the client to accept it"
-            )));
-        }
-        if core.cache.is_empty() || cached == server {
-            return Ok((server, Vec::new()));
-        }
-        let answer = registered.call(
-            "getInvalidations",
-            &Call::GetInvalidations { tid: cached },
-            deadline,
-            &client.closing,
-        )?;
-        if let Some((tid, oids)) = invalidations_of(&answer) {
-            for &oid in &oids {
-                core.cache.invalidate(oid, None);
-            }
-            tracing::info!(%cached, %tid, objects = oids.len(), "cache verified");
-            return Ok((tid, oids));
-        }
-        if answer != Value::None {
-            return Err(DialError::Unexpected("getInvalidations"));
-        }
-        in_callback(|| core.callbacks.stale_cache());
-        tracing::error!(name = client.options.name, %cached, %server, "too much was missed: dropping stale cache");
-        core.cache.clear();
-        Ok((server, Vec::new()))
-    }
-
-    /// A cache file may be of another database, or of one that was set back since: by a restored backup, a lagging replica.
-    /// Then it is moved aside. Only before anybody was told of its last tid; later that would be going back.
-    fn check_file(&self, registered: &mut Registered, deadline: Instant) -> Result<(), DialError> {
-        let client = &self.client;
-        let core = &client.core;
-        let problem = if core.last_tid_now() > registered.server_tid {
-            "the server's last transaction is older than the cache's"
-        } else if let Some((oid, serial)) = core.cache.newest() {
-            // Set back and gone on since: then the newest revision is not there, or it is another one.
-            match registered.call("loadSerial", &Call::LoadSerial { oid, serial }, deadline, &client.closing)
-            {
-                Ok(Value::Bytes(data)) => {
-                    let cached = core.cache.load_before(oid, serial.next());
-                    if cached.is_none_or(|cached| cached.data == data) {
-                        return Ok(());
-                    }
-                    "the server has another revision than the cache"
-                }
-                Ok(_) => return Err(DialError::Unexpected("loadSerial")),
-                Err(DialError::Fault { .. }) => "the server does not know the cache's newest revision",
-                Err(error) => return Err(error),
-            }
-        } else {
-            return Ok(());
-        };
-        tracing::warn!(
-            name = client.options.name,
-            cache = %core.last_tid_now(),
-            server = %registered.server_tid,
-            "{problem} (a restored backup, a lagging replica, another database): starting with an empty cache"
-        );
-        core.cache.move_aside();
-        core.forget_last_tid();
-        Ok(())
     }
 
     // ---- connected
@@ -433,20 +353,6 @@ impl Keeper {
         }
         None
     }
-}
-
-/// `(tid, [oid, ...])`.
-fn invalidations_of(answer: &Value) -> Option<(Tid, Vec<Oid>)> {
-    let (Value::Tuple(items) | Value::List(items)) = answer else { return None };
-    let [tid, Value::Tuple(oids) | Value::List(oids)] = items.as_slice() else { return None };
-    let oids = oids
-        .iter()
-        .map(|oid| match oid {
-            Value::Bytes(bytes) => Oid::from_slice(bytes),
-            _ => None,
-        })
-        .collect::<Option<Vec<_>>>()?;
-    Some((tid_of(tid)?, oids))
 }
 
 /// Says that the thread is gone.

@@ -9,7 +9,7 @@
 //! | this, `commit.rs` | [`Client`]: calls, loads; two-phase commit |
 //! | `connection.rs` | one connection: who waits, who writes, who reads |
 //! | `core.rs` | what outlives connections: cache, last tid, callbacks |
-//! | `keeper.rs`, `dial.rs`, `race.rs` | the background thread: connect, verify, reconnect |
+//! | `keeper.rs`, `dial.rs`, `race.rs`, `verify.rs` | the background thread: connect, verify, reconnect |
 //! | `stream.rs`, `inbox.rs`, `slot.rs` | socket, received bytes, one caller's wait |
 //! | `transaction.rs`, `blob.rs` | what a commit will put in the cache; blobs on their way |
 
@@ -26,6 +26,7 @@ mod race;
 mod slot;
 mod stream;
 mod transaction;
+mod verify;
 
 use std::collections::VecDeque;
 use std::path::Path;
@@ -45,7 +46,7 @@ use connection::Connection;
 use core::{Core, is_in_callback};
 use keeper::{Event, Keeper};
 use stream::Wake;
-use transaction::Txn;
+use transaction::Place;
 
 pub use blob::{BlobProgress, BlobStats};
 pub use core::{DatabaseCallbacks, Session};
@@ -74,7 +75,7 @@ pub struct Client {
     unconnected: Mutex<Option<Receiver<Event>>>,
     /// oids given by the current connection, to be handed out in ascending order.
     oids: Mutex<(u64, VecDeque<Oid>)>,
-    txn: Mutex<Option<Txn>>,
+    txn: Mutex<Option<Place>>,
     txn_ended: Condvar,
 }
 
@@ -130,9 +131,10 @@ impl Client {
 
     /// After a fork, in the child: a client like this one, with a connection, a thread and a cache of its own, that goes
     /// on from the same last tid, not connected yet. Touches nothing of the parent's but what never changes: its locks may be held by
-    /// threads that this process does not have.
-    pub fn reopen(&self) -> Result<Arc<Self>> {
+    /// threads that this process does not have. So `addresses` must be given if they have been set since it was made.
+    pub fn reopen(&self, addresses: Option<Vec<Address>>) -> Result<Arc<Self>> {
         let mut options = self.options.clone();
+        options.addresses = addresses.unwrap_or(options.addresses);
         options.cache_path = None;
         options.cache_trace = None;
         let cache = Arc::new(Cache::new(options.cache_size));
@@ -225,14 +227,15 @@ impl Client {
         self.state().read_only
     }
 
-    /// The last transaction that the database has been told of. One atomic read.
+    /// The last transaction that the database has been told of. Waits while it is about to move, for a callback:
+    /// not to be called with a lock that callbacks want. Otherwise one atomic read.
     pub fn last_tid(&self) -> Tid {
         self.core.last_tid()
     }
 
-    /// True if [`Self::last_tid`] would wait for a verification to end.
-    pub fn last_tid_waits(&self) -> bool {
-        self.core.is_gated()
+    /// [`Self::last_tid`] for who must not wait; `None` if it would.
+    pub fn try_last_tid(&self) -> Option<Tid> {
+        self.core.try_last_tid()
     }
 
     pub fn cache(&self) -> &Cache {
@@ -304,10 +307,12 @@ impl Client {
     }
 
     /// A one-way call outside any transaction; silently dropped without a connection.
-    pub fn notify(&self, call: &Call) {
-        if let Ok(connection) = self.operational(None, false) {
-            let _ = connection.send_async(call);
-        }
+    ///
+    /// # Errors
+    /// A signal that ended the waiting behind another writer, only.
+    pub fn notify(&self, call: &Call) -> Result<()> {
+        let sent = self.operational(None, false).and_then(|connection| connection.send_async(call));
+        unless_interrupted(sent, "notification not sent")
     }
 
     /// The revision of `oid` current just before `before`: from the cache, or from the server.
@@ -345,17 +350,18 @@ impl Client {
         self.repeated(|connection| connection.load_before(oid, before))
     }
 
-    /// Starts loading what the cache does not have. Waits for nothing; errors show when the objects are loaded.
-    pub fn prefetch(&self, oids: &[Oid], before: Tid) {
+    /// Starts loading what the cache does not have. Waits for nothing but the socket; errors show when the objects are loaded.
+    ///
+    /// # Errors
+    /// A signal that ended the waiting for a server which does not read, only.
+    pub fn prefetch(&self, oids: &[Oid], before: Tid) -> Result<()> {
         let missing: Vec<Oid> =
             oids.iter().copied().filter(|&oid| !self.core.cache.covers(oid, before)).collect();
         if missing.is_empty() {
-            return;
+            return Ok(());
         }
         let sent = self.operational(None, false).and_then(|connection| connection.prefetch(&missing, before));
-        if let Err(error) = sent {
-            tracing::debug!(%error, "prefetch not sent");
-        }
+        unless_interrupted(sent, "prefetch not sent")
     }
 
     /// A new oid from the stock of this connection. A restarted server may give the same ones to others, so the stock
@@ -561,6 +567,18 @@ fn open_cache(options: &Options) -> Result<(Arc<Cache>, Tid)> {
         }
     };
     Ok((cache, last_tid))
+}
+
+/// What a signal handler raised must not be lost; other errors of a call without an answer are for the log.
+fn unless_interrupted(sent: Result<()>, what: &'static str) -> Result<()> {
+    match sent {
+        Err(ClientError::Callback(error)) => Err(ClientError::Callback(error)),
+        Err(error) => {
+            tracing::debug!(%error, "{what}");
+            Ok(())
+        }
+        Ok(()) => Ok(()),
+    }
 }
 
 fn oid_of(value: &Value) -> Option<Oid> {

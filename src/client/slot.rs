@@ -22,7 +22,7 @@ const DONE: u8 = 1;
 const PROMOTED: u8 = 2;
 
 /// Longest sleep without looking whether the caller is to give up.
-const LOOK_AGAIN: Duration = Duration::from_secs(1);
+pub(super) const LOOK_AGAIN: Duration = Duration::from_secs(1);
 
 #[derive(Debug)]
 pub(super) struct Slot {

@@ -131,9 +131,14 @@ impl Stream {
         }
     }
 
-    /// Writes all of it; one writer at a time. Blocks while the peer does not read.
-    pub(super) fn write_all(&self, data: &[u8]) -> io::Result<()> {
-        let Some(tls) = &self.tls else { return RawWriter(self).write_all(data) };
+    /// Writes all of it; one writer at a time. Blocks while the peer does not read. A signal that comes meanwhile is told to
+    /// `interrupted`, whose error ends the writing in the middle of the data.
+    pub(super) fn write_all(
+        &self,
+        data: &[u8],
+        interrupted: &mut dyn FnMut() -> io::Result<()>,
+    ) -> io::Result<()> {
+        let Some(tls) = &self.tls else { return self.send_all(data, interrupted) };
         for chunk in data.chunks(32 << 10) {
             // The ciphertext is taken out under the lock and written without it: the reader must go on meanwhile.
             let mut ciphertext = Vec::with_capacity(chunk.len() + 256);
@@ -148,7 +153,25 @@ impl Stream {
                     }
                 }
             }
-            RawWriter(self).write_all(&ciphertext)?;
+            self.send_all(&ciphertext, interrupted)?;
+        }
+        Ok(())
+    }
+
+    fn send_all(&self, mut data: &[u8], interrupted: &mut dyn FnMut() -> io::Result<()>) -> io::Result<()> {
+        while !data.is_empty() {
+            match RawWriter(self).write(data) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(count) => {
+                    data = data.get(count..).unwrap_or_default();
+                    // A blocking `send` that a signal ends in the middle says how far it was, and not why.
+                    if !data.is_empty() {
+                        interrupted()?;
+                    }
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => interrupted()?,
+                Err(error) => return Err(error),
+            }
         }
         Ok(())
     }

@@ -87,7 +87,7 @@ impl AsyncClient {
 
 /// Asks for all that is not cached before waiting for any of it.
 fn load_all(client: &Client, oids: &[Oid], before: Tid) -> Result<Vec<(Oid, Loaded)>, ClientError> {
-    client.prefetch(oids, before);
+    client.prefetch(oids, before)?;
     let mut found = Vec::new();
     for &oid in oids {
         match client.load_before(oid, before) {

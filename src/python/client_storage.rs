@@ -43,6 +43,8 @@ struct Life {
     client: OnceLock<Arc<Client>>,
     /// The transaction being committed: keeps the object alive whose address is its key.
     transaction: Mutex<Option<Py<PyAny>>>,
+    /// What `new_addr` has set. Locked only with the GIL held, so never by another thread at a fork.
+    addresses: Mutex<Option<Vec<Address>>>,
     next: OnceLock<Box<Self>>,
 }
 
@@ -55,6 +57,7 @@ impl Life {
             forks: FORKS.load(Ordering::Relaxed),
             client: OnceLock::new(),
             transaction: Mutex::new(None),
+            addresses: Mutex::new(None),
             next: OnceLock::new(),
         }
     }
@@ -149,7 +152,10 @@ impl ClientStorageBase {
     }
 
     fn _set_addresses(&self, addresses: Vec<Bound<'_, PyAny>>) -> PyResult<()> {
-        self.client()?.set_addresses(addresses_of(&addresses)?);
+        let addresses = addresses_of(&addresses)?;
+        let client = self.client()?;
+        *self.life().addresses.lock().unwrap_or_else(PoisonError::into_inner) = Some(addresses.clone());
+        client.set_addresses(addresses);
         Ok(())
     }
 
@@ -206,14 +212,13 @@ impl ClientStorageBase {
     fn prefetch(&self, py: Python<'_>, oids: &Bound<'_, PyAny>, tid: &Bound<'_, PyAny>) -> PyResult<()> {
         let before = tid_arg(tid)?;
         let oids = oids.try_iter()?.map(|oid| oid_arg(&oid?)).collect::<PyResult<Vec<Oid>>>()?;
-        let client = self.client()?;
-        py.detach(|| client.prefetch(&oids, before));
-        Ok(())
+        self.wait(py, |client| client.prefetch(&oids, before))
     }
 
     fn lastTransaction<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyBytes>> {
         let client = self.client()?;
-        let tid = if client.last_tid_waits() { py.detach(|| client.last_tid()) } else { client.last_tid() };
+        // What is waited for may be a callback, which wants the GIL: it is never kept while waiting.
+        let tid = client.try_last_tid().unwrap_or_else(|| py.detach(|| client.last_tid()));
         Ok(tid_bytes(py, tid))
     }
 
@@ -247,7 +252,7 @@ impl ClientStorageBase {
         self.read(py, "record_iternext", &Call::RecordIternext { next })
     }
 
-    #[pyo3(signature = (first = 0, last = -20, specification = None))]
+    #[pyo3(signature = (first = 0, last = -20, specification = None), text_signature = "($self, first=0, last=-20, specification=None)")]
     fn undoInfo<'py>(
         &self,
         py: Python<'py>,
@@ -259,7 +264,7 @@ impl ClientStorageBase {
         self.read(py, "undoInfo", &Call::UndoInfo { first, last, specification })
     }
 
-    #[pyo3(signature = (first = 0, last = -20, filter = None))]
+    #[pyo3(signature = (first = 0, last = -20, filter = None), text_signature = "($self, first=0, last=-20, filter=None)")]
     fn undoLog<'py>(
         &self,
         py: Python<'py>,
@@ -339,18 +344,18 @@ impl ClientStorageBase {
     fn _iterator_gc(&self, py: Python<'_>, generation: u64, iids: Vec<i64>) -> PyResult<()> {
         let client = self.client()?;
         if client.session().is_some_and(|session| session.generation == generation) {
-            py.detach(|| client.notify(&Call::IteratorGc { iids }));
+            return self.wait(py, |client| client.notify(&Call::IteratorGc { iids }));
         }
         Ok(())
     }
 
     // ---- two-phase commit
 
-    #[pyo3(signature = (transaction, tid = None, status = " "))]
+    #[pyo3(signature = (txn, tid = None, status = " "))]
     fn tpc_begin(
         &self,
         py: Python<'_>,
-        transaction: &Bound<'_, PyAny>,
+        txn: &Bound<'_, PyAny>,
         tid: Option<&Bound<'_, PyAny>>,
         status: &str,
     ) -> PyResult<()> {
@@ -360,17 +365,18 @@ impl ClientStorageBase {
             _ => return Err(PyValueError::new_err(format!("a status is one character, not {status:?}"))),
         };
         let text = |name: &str| -> PyResult<Bytes> {
-            let value = transaction.getattr(name)?;
+            let value = txn.getattr(name)?;
             match value.cast::<PyString>() {
                 Ok(text) => Ok(Bytes::copy_from_slice(text.to_str()?.as_bytes())),
                 Err(_) => data_arg(&value),
             }
         };
-        let (user, description, extension) =
-            (text("user")?, text("description")?, extension_of(transaction)?);
-        let key = key_of(transaction);
+        let (user, description, extension) = (text("user")?, text("description")?, extension_of(txn)?);
+        let key = key_of(txn);
         self.wait(py, |client| client.tpc_begin(key, user, description, extension, tid, status))?;
-        *self.transaction() = Some(transaction.clone().unbind());
+        // Dropped without the lock: that may run Python code.
+        let ended = self.transaction().replace(txn.clone().unbind());
+        drop(ended);
         Ok(())
     }
 
@@ -382,10 +388,10 @@ impl ClientStorageBase {
         serial: &Bound<'_, PyAny>,
         data: &Bound<'_, PyAny>,
         version: &Bound<'_, PyAny>,
-        transaction: &Bound<'_, PyAny>,
+        txn: &Bound<'_, PyAny>,
     ) -> PyResult<()> {
         no_version(version)?;
-        let key = self.committing(transaction)?;
+        let key = self.committing(txn)?;
         let (oid, serial, data) = (oid_arg(oid)?, serial_arg(serial)?, data_arg(data)?);
         self.wait(py, |client| client.store(&key, oid, serial, data))
     }
@@ -407,9 +413,9 @@ impl ClientStorageBase {
         py: Python<'_>,
         oid: &Bound<'_, PyAny>,
         serial: &Bound<'_, PyAny>,
-        transaction: &Bound<'_, PyAny>,
+        txn: &Bound<'_, PyAny>,
     ) -> PyResult<()> {
-        let key = self.committing(transaction)?;
+        let key = self.committing(txn)?;
         let (oid, serial) = (oid_arg(oid)?, serial_arg(serial)?);
         self.wait(py, |client| client.delete_object(&key, oid, serial))
     }
@@ -432,13 +438,8 @@ impl ClientStorageBase {
         self.wait(py, |client| client.restore(&key, oid, serial, data, prev))
     }
 
-    fn undo(
-        &self,
-        py: Python<'_>,
-        trans_id: &Bound<'_, PyAny>,
-        transaction: &Bound<'_, PyAny>,
-    ) -> PyResult<()> {
-        let key = self.committing(transaction)?;
+    fn undo(&self, py: Python<'_>, trans_id: &Bound<'_, PyAny>, txn: &Bound<'_, PyAny>) -> PyResult<()> {
+        let key = self.committing(txn)?;
         let trans_id = data_arg(trans_id)?;
         self.wait(py, |client| client.undo(&key, trans_id))
     }
@@ -472,7 +473,7 @@ impl ClientStorageBase {
         py: Python<'py>,
         transaction: &Bound<'py, PyAny>,
     ) -> PyResult<Vec<Bound<'py, PyAny>>> {
-        let key = key_of(transaction);
+        let key = self.committing(transaction)?;
         let answer = self.wait(py, |client| client.tpc_vote(&key))?;
         answer.iter().map(|item| to_python(py, item)).collect()
     }
@@ -483,7 +484,7 @@ impl ClientStorageBase {
         transaction: &Bound<'py, PyAny>,
         callback: Option<Py<PyAny>>,
     ) -> PyResult<Bound<'py, PyBytes>> {
-        let key = key_of(transaction);
+        let key = self.committing(transaction)?;
         let callback: FinishCallback = match callback {
             None => Box::new(|_| Ok(())),
             Some(callback) => Box::new(move |tid| {
@@ -545,7 +546,9 @@ impl ClientStorageBase {
 
     /// `uploaded`, `downloaded`: bytes since this storage was made; `transfers`: what is on its way now.
     fn blob_stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
-        let stats = self.client()?.blob_stats();
+        // Its lock is held by who writes a blob to the disk.
+        let client = self.client()?;
+        let stats = py.detach(|| client.blob_stats());
         let transfers = stats.transfers.into_iter().map(|transfer| {
             let dict = PyDict::new(py);
             dict.set_item("direction", if transfer.is_upload { "up" } else { "down" })?;
@@ -594,7 +597,9 @@ impl ClientStorageBase {
         };
         let next = life.next.get_or_init(|| Box::new(Life::new()));
         if next.client.get().is_none() {
-            let client = parents.reopen().map_err(|error| PyRuntimeError::new_err(error.to_string()))?;
+            let addresses = life.addresses.lock().unwrap_or_else(PoisonError::into_inner).clone();
+            let client =
+                parents.reopen(addresses).map_err(|error| PyRuntimeError::new_err(error.to_string()))?;
             if let Err(second) = next.client.set(client) {
                 second.start_close();
             }

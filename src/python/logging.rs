@@ -8,9 +8,9 @@
 //! and with every line handed over.
 
 use std::fmt::{self, Write as _};
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
-use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use pyo3::prelude::*;
@@ -27,8 +27,44 @@ const FLUSH: Duration = Duration::from_secs(5);
 /// Python's numbers of the levels; events below are not even formatted.
 static LEVEL: AtomicU8 = AtomicU8::new(20);
 static DROPPED: AtomicU64 = AtomicU64::new(0);
-/// The queue, and the process whose thread empties it: a forked child starts its own.
-static SENDER: Mutex<Option<(u32, SyncSender<Line>)>> = Mutex::new(None);
+/// That of the process which imported the module; made then.
+static FIRST: OnceLock<Queue> = OnceLock::new();
+
+/// The queue of one process, which has the thread that empties it. A forked child gets one of its own and takes no lock
+/// of its parent's: a thread that the child does not have may hold it.
+struct Queue {
+    process: u32,
+    sender: OnceLock<SyncSender<Line>>,
+    /// That of a child: never made in this process.
+    next: OnceLock<Box<Self>>,
+}
+
+impl Queue {
+    fn new(process: u32) -> Self {
+        Self { process, sender: OnceLock::new(), next: OnceLock::new() }
+    }
+
+    /// This process's.
+    fn current() -> &'static Self {
+        let process = std::process::id();
+        let mut queue = FIRST.get_or_init(|| Self::new(process));
+        while queue.process != process {
+            queue = queue.next.get_or_init(|| Box::new(Self::new(process)));
+        }
+        queue
+    }
+
+    /// `None` if there is no thread to be had.
+    fn sender(&self) -> Option<&SyncSender<Line>> {
+        if self.sender.get().is_none() {
+            let (tx, rx) = sync_channel(QUEUE);
+            std::thread::Builder::new().name("zeo_rs-log".into()).spawn(move || hand_over(&rx)).ok()?;
+            // Another thread may have been first: then the end of `tx` ends this one's.
+            let _ = self.sender.set(tx);
+        }
+        self.sender.get()
+    }
+}
 
 enum Line {
     Event { level: u8, target: &'static str, text: Text },
@@ -36,6 +72,8 @@ enum Line {
 }
 
 pub(crate) fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
+    // Now, so that no fork finds it half made.
+    Queue::current();
     // fails if the host process has a subscriber already, which then gets the events
     let _ = tracing::subscriber::set_global_default(ToPython);
     m.add_function(wrap_pyfunction!(flush_logs, m)?)?;
@@ -49,7 +87,7 @@ pub(crate) fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
 fn flush_logs(py: Python<'_>) {
     py.detach(|| {
         let (done, wait) = sync_channel(1);
-        if SENDER.lock().unwrap_or_else(PoisonError::into_inner).is_some() && send(Line::Flush(done)) {
+        if Queue::current().sender.get().is_some() && send(Line::Flush(done)) {
             let _ = wait.recv_timeout(FLUSH);
         }
     });
@@ -205,16 +243,7 @@ impl Visit for Text {
 
 /// False if the queue is full or there is no thread to empty it.
 fn send(line: Line) -> bool {
-    let mut sender = SENDER.lock().unwrap_or_else(PoisonError::into_inner);
-    let pid = std::process::id();
-    if sender.as_ref().is_none_or(|(owner, _)| *owner != pid) {
-        let (tx, rx) = sync_channel(QUEUE);
-        if std::thread::Builder::new().name("zeo_rs-log".into()).spawn(move || hand_over(&rx)).is_err() {
-            return false;
-        }
-        *sender = Some((pid, tx));
-    }
-    match sender.as_ref().map(|(_, tx)| tx.try_send(line)) {
+    match Queue::current().sender().map(|tx| tx.try_send(line)) {
         Some(Ok(())) => true,
         Some(Err(TrySendError::Full(_))) => {
             DROPPED.fetch_add(1, Ordering::Relaxed);

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import queue
+import signal
 import socket
 import subprocess
 import sys
@@ -465,3 +466,321 @@ def test_a_prefetch_of_ten_thousand_is_one_round_trip(kind):
             assert all(storage.loadBefore(oid, after(tid))[0] == b"x" * 100 for oid in oids)
             assert storage.cache_stats()["misses"] == misses
         server.kill()
+
+
+# -- threads and signals
+
+
+def test_the_last_transaction_never_stops_the_interpreter(server):
+    """While one thread asks for it all the time, another commits, with a callback that wants the GIL before the tid moves."""
+    with opened(server.address) as storage:
+        ended = threading.Event()
+        longest = [0]
+
+        def ask():
+            while not ended.is_set():
+                since = time.monotonic()
+                for _ in range(100):
+                    storage.lastTransaction()
+                longest[0] = max(longest[0], time.monotonic() - since)
+
+        asking = [threading.Thread(target=ask) for _ in range(2)]
+        for thread in asking:
+            thread.start()
+        try:
+            oid, tid = storage.new_oid(), z64
+            for number in range(300):
+                tid = commit(storage, (oid, tid, b"%d" % number))
+        finally:
+            ended.set()
+            for thread in asking:
+                thread.join()
+        # it used to wait 5 seconds with the GIL, for a callback that wanted it
+        assert longest[0] < 4
+
+
+def test_a_thread_that_waits_to_begin_stops_nobody(tmp_path):
+    """Its transaction has the turn. Others are told at once that it is not theirs, and Ctrl-C ends their waiting."""
+    from ZODB.Connection import TransactionMetaData
+    from ZODB.POSException import StorageTransactionError
+
+    with Server("rust", blobs=False) as server:
+        with opened(server.address, wait_timeout=60, blob_dir=str(tmp_path / "blobs")) as storage:
+            server.kill()
+            until(lambda: not storage.is_connected(), "the disconnect")
+            first, second = TransactionMetaData(), TransactionMetaData()
+            ended = []
+
+            def begin():
+                try:
+                    storage.tpc_begin(first)
+                except ClientDisconnected:
+                    ended.append("disconnected")
+
+            beginning = threading.Thread(target=begin)
+            beginning.start()
+
+            def has_turn():
+                # whoever has it, a signal ends the waiting of this thread
+                with alarm(0.3), pytest.raises(Alarm):
+                    storage.tpc_begin(second)
+                return True
+
+            assert has_turn() and has_turn()
+            blob = tmp_path / "blob"
+            blob.write_bytes(b"x")
+            for misuse in (
+                lambda: storage.store(p64(1), z64, b"x", "", second),
+                lambda: storage.storeBlob(p64(1), z64, b"x", str(blob), "", second),
+                lambda: storage.undo(z64, second),
+                lambda: storage.tpc_vote(second),
+            ):
+                with pytest.raises(StorageTransactionError):
+                    misuse()
+            storage.tpc_abort(second)
+            assert beginning.is_alive() and not ended, "the answers waited for it"
+            storage.close()
+            beginning.join(CLOSED)
+            assert ended == ["disconnected"]
+
+
+class Alarm(Exception):
+    pass
+
+
+@contextlib.contextmanager
+def alarm(seconds):
+    """What Ctrl-C does, after a while."""
+
+    def handler(number, frame):
+        raise Alarm
+
+    before = signal.signal(signal.SIGALRM, handler)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("blob", [False, True], ids=["stores", "a blob"])
+def test_a_signal_ends_what_the_server_does_not_read(tmp_path, blob):
+    from ZODB.Connection import TransactionMetaData
+
+    with Server("rust") as server:
+        with opened(server.address, blob_dir=str(tmp_path / "blobs")) as storage:
+            txn = TransactionMetaData()
+            storage.tpc_begin(txn)
+            # a server that hangs
+            server.process.send_signal(signal.SIGSTOP)
+            try:
+                with alarm(1), pytest.raises(Alarm):
+                    if blob:
+                        file = tmp_path / "blob"
+                        with file.open("wb") as large:
+                            large.truncate(200 << 20)
+                        storage.storeBlob(p64(1), z64, b"x", str(file), "", txn)
+                    for number in range(2000):
+                        storage.store(p64(number), z64, bytes(100_000), "", txn)
+                storage.tpc_abort(txn)
+            finally:
+                server.process.send_signal(signal.SIGCONT)
+            # the connection was given up in the middle of a message; the next one is as good
+            oid = storage.new_oid()
+            tid = commit(storage, (oid, z64, b"afterwards"))
+            assert storage.load(oid) == (b"afterwards", tid)
+
+
+def test_another_thread_can_abort_and_load_behind_an_upload_that_is_not_read(tmp_path):
+    from ZODB.Connection import TransactionMetaData
+
+    with Server("rust") as server:
+        with opened(server.address, blob_dir=str(tmp_path / "blobs")) as storage:
+            txn = TransactionMetaData()
+            storage.tpc_begin(txn)
+            file = tmp_path / "blob"
+            with file.open("wb") as large:
+                large.truncate(200 << 20)
+            server.process.send_signal(signal.SIGSTOP)
+            try:
+                ended = queue.Queue()
+
+                def upload():
+                    try:
+                        storage.storeBlob(p64(1), z64, b"x", str(file), "", txn)
+                    except ClientDisconnected:
+                        ended.put("disconnected")
+
+                uploading = threading.Thread(target=upload)
+                uploading.start()
+                until(lambda: storage.blob_stats()["transfers"], "the upload")
+                for wait in (lambda: storage.load(p64(5)), lambda: storage.tpc_abort(txn)):
+                    with alarm(0.3), pytest.raises(Alarm):
+                        wait()
+                assert uploading.is_alive()
+                storage.close()
+                assert ended.get(timeout=CLOSED) == "disconnected"
+                uploading.join(CLOSED)
+            finally:
+                server.process.send_signal(signal.SIGCONT)
+
+
+def test_one_deadline_for_everything_that_closing_waits_for(server, tmp_path, monkeypatch):
+    """A callback that does not return, and a check of the blobs that does not."""
+    from zeo_rs import blobcache
+
+    go_on, called = threading.Event(), threading.Event()
+    monkeypatch.setattr(blobcache, "check_size", lambda *args: go_on.wait(60))
+
+    class Database:
+        def invalidate(self, tid, oids):
+            called.set()
+            go_on.wait(60)
+
+        def invalidateCache(self):
+            pass
+
+    waited = []
+    join = threading.Thread.join
+    monkeypatch.setattr(threading.Thread, "join", lambda thread, timeout=None: waited.append(timeout) or join(thread, timeout))
+    with opened(server.address) as other, opened(server.address, blob_dir=str(tmp_path), blob_cache_size=1000) as storage:
+        storage._db = Database()
+        commit(other, (other.new_oid(), z64, b"x"))
+        assert called.wait(60)
+        since = time.monotonic()
+        storage.close()
+        took = time.monotonic() - since
+        go_on.set()
+    assert took < CLOSED
+    assert 0 <= waited[0] < 0.6, "the check gets what the connection has left of the second"
+
+
+def test_a_forked_child_goes_where_the_parent_was_sent(server):
+    with Server("rust", blobs=False) as moved:
+        with opened(moved.address, wait_timeout=60) as storage:
+            storage.new_addr(server.address)
+            moved.kill()
+            until(lambda: storage.is_connected() and storage._server_addr == server.address, "the other server")
+            reader, writer = os.pipe()
+            child = os.fork()
+            if child == 0:
+                try:
+                    storage.ping()
+                    os.write(writer, repr(storage._server_addr).encode())
+                finally:
+                    os._exit(0)
+            os.close(writer)
+            with open(reader) as pipe:
+                assert pipe.read() == repr(server.address)
+            os.waitpid(child, 0)
+
+
+@pytest.mark.parametrize("options", [{"cache": "there"}, {"client": "there", "var": "."}], ids=["cache", "client"])
+def test_a_cache_that_would_be_a_directory_is_refused(server, tmp_path, monkeypatch, options):
+    monkeypatch.chdir(tmp_path)
+    for name in ("there", "there-1.zrc"):
+        os.mkdir(name)
+    before = sorted(os.listdir())
+    with pytest.raises(IsADirectoryError, match="give the path of a file"):
+        ClientStorage(server.address, blob_dir="blobs", **options)
+    assert sorted(os.listdir()) == before
+
+
+@pytest.mark.parametrize("address", [[], (), b"localhost", [b"localhost"]], ids=repr)
+def test_what_is_no_address_is_refused(address, tmp_path):
+    with pytest.raises(ValueError, match="address"):
+        ClientStorage(address, wait=False, blob_dir=str(tmp_path / "blobs"))
+    assert not os.listdir(tmp_path)
+
+
+def test_the_cache_file_is_free_after_closing_though_a_child_has_it_open(server, tmp_path, caplog):
+    path = str(tmp_path / "cache")
+    reader, writer = os.pipe()
+    with opened(server.address, cache=path) as storage:
+        oid = storage.new_oid()
+        commit(storage, (oid, z64, b"x"))
+        assert storage.load(oid)[0] == b"x"
+        child = os.fork()
+        if child == 0:
+            try:
+                os.close(writer)
+                os.read(reader, 1)
+            finally:
+                os._exit(0)
+    try:
+        with opened(server.address, cache=path) as storage:
+            assert storage.cache_stats()["revisions"] == 1, "it got a temporary cache"
+    finally:
+        os.close(writer)
+        os.close(reader)
+        os.waitpid(child, 0)
+
+
+def test_a_child_logs_though_its_parent_was_logging_at_the_fork(server):
+    """Forks while threads of the parent log all the time; no child may wait for a lock that such a thread had."""
+    out, _ = python(
+        """
+        import logging, os, sys, threading
+        logging.basicConfig(level=logging.CRITICAL)
+        logging.getLogger("zeo_rs").setLevel(logging.DEBUG)
+        logging.getLogger("zeo_rs").addFilter(lambda record: False)
+        from zeo_rs import ClientStorage
+        from zeo_rs.exceptions import ClientDisconnected
+        silent = [ClientStorage(("127.0.0.1", 1), wait=False) for _ in range(20)]
+        statuses = []
+        for _ in range(50):
+            for storage in silent:
+                storage.new_addr(("127.0.0.1", 1))  # they try again at once, and say that it failed
+            child = os.fork()
+            if child == 0:
+                ClientStorage((sys.argv[1], int(sys.argv[2]))).close()
+                os._exit(0)
+            statuses.append(os.waitpid(child, 0)[1])
+        print(set(statuses), flush=True)
+        os._exit(0)
+        """,
+        *server.address,
+    )
+    assert out == "{0}\n"
+
+
+# -- what ZEO's class does
+
+
+def test_the_arguments_have_zeos_names():
+    import inspect
+
+    from ZEO.ClientStorage import ClientStorage as Original
+
+    names = ("deleteObject", "store", "storeBlob", "tpc_abort", "tpc_begin", "tpc_finish", "tpc_vote", "undo", "undoInfo", "undoLog")
+    for name in names:
+        ours, theirs = (
+            [(parameter.name, parameter.default) for parameter in inspect.signature(getattr(cls, name)).parameters.values()]
+            for cls in (ClientStorage, Original)
+        )
+        if name == "tpc_finish":  # the default of ZEO is a function that does nothing
+            ours[-1] = theirs[-1] = ("f", None)
+        assert ours == theirs, name
+
+
+def test_a_read_only_storage_says_so_at_every_step(server, tmp_path):
+    from ZODB.Connection import TransactionMetaData
+    from ZODB.POSException import ReadOnlyError
+
+    blob = tmp_path / "blob"
+    blob.write_bytes(b"x")
+    txn = TransactionMetaData()
+    with opened(server.address, read_only=True, blob_dir=str(tmp_path / "blobs")) as storage:
+        for step in (
+            lambda: storage.tpc_begin(txn),
+            lambda: storage.store(p64(1), z64, b"x", "", txn),
+            lambda: storage.storeBlob(p64(1), z64, b"x", str(blob), "", txn),
+            lambda: storage.tpc_vote(txn),
+            lambda: storage.tpc_finish(txn),
+            lambda: storage.undo(z64, txn),
+        ):
+            with pytest.raises(ReadOnlyError):
+                step()
+        storage.tpc_abort(txn)
+        assert blob.exists()

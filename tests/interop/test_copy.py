@@ -1,12 +1,14 @@
 """``zeo-rs copy``, ``copyTransactionsFrom`` and ZODB's own copying, between files and servers of both kinds."""
 
 import contextlib
+import io
 import os
 import pty
 import shutil
 import subprocess
 import sys
 import termios
+import threading
 
 import pytest
 import transaction
@@ -197,3 +199,59 @@ def test_a_terminal_sees_a_bar(original, tmp_path):
     os.close(ours)
     assert process.wait(60) == 0
     assert b"copying" in seen and b"B/s" in seen
+    # blobs come on top of what the source's size says: no total, and no share of it
+    assert b"%|" not in seen
+
+
+def test_a_bar_moves_while_a_blob_is_on_its_way(monkeypatch):
+    """What is sent counts as it goes, what is received is told; nothing goes back, and there is no total to be wrong."""
+    from zeo_rs.cli import progress
+    from zeo_rs.copying import Progress
+
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    class Client:
+        transfers = []
+
+        def blob_stats(self):
+            looked.release()
+            return {"transfers": self.transfers}
+
+    looked = threading.Semaphore(0)
+    monkeypatch.setattr(progress, "LOOK_EVERY", 0.001)
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    client, done = Client(), Progress()
+
+    def seen(transfers):
+        client.transfers = transfers
+        for _ in range(3):  # the last look may have been just before
+            assert looked.acquire(timeout=60)
+        return bar._bar.n, bar._bar.postfix
+
+    with progress.Bar("copying", None, watch=[client, object()]) as bar:
+        done.bytes, done.transactions = 100, 1
+        bar.copied(done)
+        down = {"direction": "down", "bytes_done": 5_000_000}
+        assert seen([down]) == (100, "1 transactions, 0 blobs, 5.00MB of a blob received")
+        up = {"direction": "up", "bytes_done": 700}
+        assert seen([up])[0] == 800
+        assert seen([{**up, "bytes_done": 1000}])[0] == 1100
+        assert seen([])[0] == 1100
+        done.bytes = 1100
+        bar.copied(done)
+        assert bar._bar.n == 1100 and bar._bar.total is None
+
+
+def test_the_file_of_a_large_blob_is_told_of_in_pieces(tmp_path):
+    from zeo_rs.copying import CHUNK, copy
+
+    source, target = (FileStorage(str(tmp_path / f"{name}.fs"), blob_dir=str(tmp_path / name)) for name in ("a", "b"))
+    with contextlib.closing(ZODB.DB(source)) as db, contextlib.closing(target):
+        with db.transaction() as connection:
+            connection.root()["large"] = ZODB.blob.Blob(bytes(3 * CHUNK))
+        told = []
+        done = copy(source, target, progress=lambda done: told.append(done.bytes + done.blob_bytes))
+        assert told == sorted(told) and len({bytes // CHUNK for bytes in told}) == 4
+        assert done.bytes == told[-1] and done.blobs == 1

@@ -28,8 +28,6 @@ NOT_HERE = {
     "set_server_addr": "called by its own notify_connected; the address is known before",
     "tpc_end": "gives its commit lock back; the native half has it",
 }
-#: Arguments with other names; ZODB passes them by position, and calls them what they are called here.
-OTHER_NAMES = {"txn": "transaction"}
 
 
 def public(kind):
@@ -60,7 +58,7 @@ def test_methods_take_the_same_arguments(name):
     ours = list(inspect.signature(getattr(ClientStorage, name)).parameters.values())[1:]
     assert len(ours) >= len(theirs)
     for their, our in zip(theirs, ours):
-        assert our.name == OTHER_NAMES.get(their.name, their.name)
+        assert our.name == their.name
         assert (our.default is inspect.Parameter.empty) == (their.default is inspect.Parameter.empty), our.name
     for more in ours[len(theirs) :]:
         assert more.default is not inspect.Parameter.empty

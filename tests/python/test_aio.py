@@ -3,6 +3,7 @@
 import asyncio
 import pathlib
 import re
+import threading
 
 import pytest
 import transaction
@@ -72,8 +73,6 @@ def test_invalidations_come_in_order(addr):
     async def main():
         async with await zeo_rs.aio.connect(addr) as storage:
             news = storage.invalidations()
-            first = asyncio.ensure_future(anext(news))
-            await asyncio.sleep(0)  # lets it begin to watch
             db = await asyncio.to_thread(lambda: ZODB.DB(zeo_rs.ClientStorage(addr)))
 
             def commit(n):
@@ -82,10 +81,14 @@ def test_invalidations_come_in_order(addr):
                 return db.storage.lastTransaction()
 
             tids = [await asyncio.to_thread(commit, n) for n in range(3)]
-            seen = [await first, await anext(news), await anext(news)]
+            seen = [await anext(news) for _ in range(3)]  # nobody had asked when they came
             assert [news.tid for news in seen] == tids
             assert all(news.oids == [z64] for news in seen)
             await news.aclose()
+            assert storage.storage._watchers == ()
+            dropped = storage.invalidations()
+            assert len(storage.storage._watchers) == 1
+            del dropped
             assert storage.storage._watchers == ()
             await asyncio.to_thread(db.close)
 
@@ -98,6 +101,54 @@ def test_pack_tells_its_progress_and_its_end(addr):
             return [progress.phase async for progress in storage.pack()]
 
     assert run(main())[-1] == 'done'
+
+
+@pytest.mark.parametrize('how', ['closed', 'its own storage closed', 'closed before'])
+def test_invalidations_end_with_the_storage(addr, how):
+    async def main():
+        storage = await zeo_rs.aio.connect(addr)
+        if how == 'closed before':
+            await storage.close()
+        news = storage.invalidations()
+        waiting = [asyncio.ensure_future(anext(news, 'ended')) for _ in range(2)]
+        await asyncio.sleep(0)  # they begin to wait
+        if how == 'closed':
+            await storage.close()
+        else:
+            await asyncio.to_thread(storage.storage.close)
+        async with asyncio.timeout(60):
+            assert [await one for one in waiting] == ['ended', 'ended']
+            assert [one async for one in news] == []
+
+    run(main())
+
+
+def test_who_is_cancelled_does_not_wait_for_the_pack(addr):
+    async def main():
+        storage = zeo_rs.ClientStorage(addr)
+        started, go_on = threading.Event(), threading.Event()
+
+        def pack(before):
+            started.set()
+            assert go_on.wait(60)
+
+        storage.pack = pack
+
+        async def watch(shared):
+            async for _ in shared.pack():
+                pass
+
+        async with zeo_rs.aio.AsyncStorage(storage) as shared:
+            packing = asyncio.ensure_future(watch(shared))
+            assert await asyncio.to_thread(started.wait, 60)
+            packing.cancel()
+            done, _ = await asyncio.wait([packing], timeout=60)
+            assert done and packing.cancelled(), 'it waits for the pack'
+            go_on.set()
+        del storage.pack
+        await asyncio.to_thread(storage.close)
+
+    run(main())
 
 
 def test_shares_a_synchronous_storage(addr):

@@ -629,3 +629,26 @@ def test_errors_come_out_of_the_async_context():
 
     with pytest.raises(Exception, match="nonsense"):
         asyncio.run(main())
+
+
+def test_a_storage_of_another_package_need_not_keep_its_section(tmp_path, monkeypatch):
+    """Its factory has `name` and `open()`; `config`, which ZODB's have, is nobody's promise."""
+    package = tmp_path / "needs_no_section"
+    package.mkdir()
+    (package / "__init__.py").write_text(
+        "from ZODB.MappingStorage import MappingStorage\n"
+        "class Factory:\n"
+        "    def __init__(self, section): self.name = section.getSectionName()\n"
+        "    def open(self): return MappingStorage()\n"
+    )
+    (package / "component.xml").write_text(
+        '<component><import package="ZODB"/><sectiontype name="plainstorage" datatype="needs_no_section.Factory"'
+        ' implements="ZODB.storage"/></component>'
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    address, stop = zeo_rs.server(storage_conf="%import needs_no_section\n<plainstorage>\n</plainstorage>")
+    try:
+        with contextlib.closing(zeo_rs.ClientStorage(address, wait_timeout=60)) as storage:
+            assert storage.is_connected()
+    finally:
+        stop()

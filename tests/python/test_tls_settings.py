@@ -146,6 +146,28 @@ def only_1_1():
     return made
 
 
+def with_certificate(name):
+    made = context()
+    made.load_cert_chain(pem(name), key(name))
+    return made
+
+
+def test_a_certificate_beside_the_context_is_taken():
+    made = with_certificate("leaf")
+    before = made.verify_mode, made.check_hostname, made.options
+    taken = zeo_rs.TLS.from_context(made, certificate=pem("leaf"), key=key("leaf"))
+    assert taken.for_client() is not None
+    with pytest.raises(ValueError, match="load_cert_chain"):
+        zeo_rs.TLS.from_context(made)
+    assert before == (made.verify_mode, made.check_hostname, made.options), "it is looked at, not changed"
+
+
+def chosen_ciphers():
+    made = context()
+    made.set_ciphers("ECDHE+AESGCM")
+    return made
+
+
 @pytest.mark.parametrize(
     ("made", "why", "instead"),
     [
@@ -154,6 +176,9 @@ def only_1_1():
         (lambda: context("not-ca"), "not CAs", "authenticate="),
         (lambda: ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), "trusts no certificate", "authenticate="),
         (lambda: ssl.create_default_context(ssl.Purpose.CLIENT_AUTH), "is for servers", "zeo_rs.TLS("),
+        (lambda: with_certificate("leaf"), "load_cert_chain", "from_context(context, certificate="),
+        (lambda: with_certificate("ed25519"), "load_cert_chain", "from_context(context, certificate="),
+        (chosen_ciphers, "set_ciphers", "versions="),
         (only_1_1, "neither TLS 1.2 nor 1.3", "maximum_version"),
     ],
     ids=lambda value: getattr(value, "__name__", value),

@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
+use zeo_rs::cache::Cache;
 use zeo_rs::client::{Access, Client, ClientError, DatabaseCallbacks, Options, Session};
 use zeo_rs::ids::{Oid, Tid};
 use zeo_rs::net::Address;
@@ -152,7 +153,7 @@ impl FakeServer {
         socket.set_nodelay(true).unwrap();
         let mut peer = Peer {
             socket,
-            frames: FrameReader::new(1 << 20),
+            frames: FrameReader::new(128 << 20),
             received: BytesMut::new(),
             encoding: self.encoding,
         };
@@ -365,8 +366,8 @@ fn identical_loads_are_sent_once() {
         let mut peer = peer.join().unwrap();
         let client = test.client.clone();
         // Asked for twice, sent once.
-        client.prefetch(&[Oid(1), Oid(2)], Tid(11));
-        client.prefetch(&[Oid(2), Oid(1)], Tid(11));
+        client.prefetch(&[Oid(1), Oid(2)], Tid(11)).unwrap();
+        client.prefetch(&[Oid(2), Oid(1)], Tid(11)).unwrap();
         peer.expect(|call| matches!(call, Call::LoadBefore { oid: Oid(1), .. }));
         let id = peer.expect(|call| matches!(call, Call::LoadBefore { oid: Oid(2), .. }));
         assert_eq!(id, MessageId::Load { oid: Oid(2), before: Tid(11) });
@@ -843,7 +844,7 @@ fn an_invalidation_behind_a_prefetched_object_ends_it() {
             let test = TestClient::open(server.options());
             test.client.wait_connected(PATIENCE).unwrap();
             let mut peer = peer.join().unwrap();
-            test.client.prefetch(&[Oid(1), Oid(2)], Tid(11));
+            test.client.prefetch(&[Oid(1), Oid(2)], Tid(11)).unwrap();
             for _ in 0..2 {
                 peer.expect(|call| matches!(call, Call::LoadBefore { .. }));
             }
@@ -884,7 +885,7 @@ fn a_call_behind_a_writer_that_waits_is_not_lost() {
                 .spawn(move || client.call("undoInfo", &Call::UndoInfo { first: 0, last: 1, specification }));
             let mut length = [0; 4];
             peer.socket.read_exact(&mut length).unwrap();
-            test.client.prefetch(&[Oid(1)], Tid(11));
+            test.client.prefetch(&[Oid(1)], Tid(11)).unwrap();
             let mut large = vec![0; u32::from_be_bytes(length) as usize];
             peer.socket.read_exact(&mut large).unwrap();
             let id = decode_request(encoding, &large.into()).unwrap().id;
@@ -990,4 +991,196 @@ fn a_connection_that_came_too_late_is_not_heard() {
         assert_eq!(test.client.last_tid(), Tid(10));
         assert!(!test.told.try_iter().any(|told| matches!(told, Told::Invalidate(Tid(99), _))));
     });
+}
+
+/// Says when a caller has begun to wait: it asks whether it is to give up.
+struct Waiting(Mutex<Sender<()>>);
+
+impl DatabaseCallbacks for Waiting {
+    fn invalidate(&self, _: Tid, _: &[Oid]) {}
+    fn invalidate_cache(&self) {}
+    fn connected(&self, _: &Session) {}
+    fn disconnected(&self) {}
+    fn stale_cache(&self) {}
+    fn interrupted(&self) -> Result<(), zeo_rs::client::CallbackError> {
+        let _ = self.0.lock().unwrap().send(());
+        Ok(())
+    }
+}
+
+/// A thread whose `tpc_begin` waits for a connection has the turn, but not the lock: another's calls are answered at once,
+/// and its own transaction can be aborted.
+#[test]
+fn who_waits_to_begin_keeps_nobody_from_an_answer() {
+    let server = FakeServer::new(Encoding::Msgpack);
+    std::thread::scope(|scope| {
+        let peer = scope.spawn(|| server.serve(Tid(10)));
+        let (sender, waiting) = channel();
+        let client = Client::new(server.options(), Arc::new(Waiting(Mutex::new(sender)))).unwrap();
+        client.connect().unwrap();
+        client.wait_connected(PATIENCE).unwrap();
+        // It connects again, and is not answered yet.
+        drop(peer.join().unwrap());
+        let other_thread = client.clone();
+        let beginner = scope.spawn(move || {
+            while other_thread.is_connected() {
+                std::thread::yield_now();
+            }
+            begin(&other_thread)
+        });
+        waiting.recv_timeout(PATIENCE).unwrap();
+        let other = Value::Int(78);
+        assert!(!client.is_committing(&other) && !client.is_committing(&key()));
+        let stored = client.store(&other, Oid(1), Tid::ZERO, Bytes::from_static(b"x"));
+        assert!(matches!(stored, Err(ClientError::Transaction(_))), "{stored:?}");
+        client.tpc_abort(&key()).unwrap();
+        assert!(!beginner.is_finished(), "the answers above waited for it");
+        let _peer = server.serve(Tid(10));
+        let begun = beginner.join().unwrap();
+        assert!(
+            matches!(&begun, Err(ClientError::Transaction(text)) if text.contains("aborted")),
+            "{begun:?}"
+        );
+        begin(&client).unwrap();
+        assert!(client.is_committing(&key()));
+        client.close();
+    });
+}
+
+/// A store that the server does not read keeps no other thread from asking about the transaction, or from aborting it.
+#[test]
+fn a_store_that_is_not_read_can_be_aborted() {
+    for encoding in BOTH {
+        let server = FakeServer::new(encoding);
+        std::thread::scope(|scope| {
+            let peer = scope.spawn(|| server.serve(Tid(10)));
+            let test = TestClient::open(server.options());
+            test.client.wait_connected(PATIENCE).unwrap();
+            let mut peer = peer.join().unwrap();
+            let [client, storer, asker, aborter] = std::array::from_fn(|_| test.client.clone());
+            begin(&client).unwrap();
+            // More than the system takes for a peer that does not read.
+            let data = Bytes::from(vec![0; 64 << 20]);
+            let storing = scope.spawn(move || storer.store(&key(), Oid(1), Tid::ZERO, data));
+            peer.expect(|call| matches!(call, Call::TpcBegin { .. }));
+            let (sender, answer) = channel();
+            scope.spawn(move || sender.send(asker.is_committing(&key())));
+            assert_eq!(
+                answer.recv_timeout(PATIENCE).inspect_err(|_| client.start_close()),
+                Ok(true),
+                "it waits for the store"
+            );
+            assert!(!storing.is_finished());
+            let aborting = scope.spawn(move || aborter.tpc_abort(&key()));
+            peer.expect(|call| matches!(call, Call::Storea { .. }));
+            let id = peer.expect(|call| matches!(call, Call::TpcAbort { .. }));
+            peer.reply(&id, &Value::None);
+            storing.join().unwrap().unwrap();
+            aborting.join().unwrap().unwrap();
+            assert!(!client.is_committing(&key()));
+        });
+    }
+}
+
+/// A cache file as of `Tid(60)`: object 1 is its newest, 4 has a revision that ended late.
+fn cached(directory: &tempfile::TempDir) -> std::path::PathBuf {
+    let path = directory.path().join("cache");
+    let (cache, _) = Cache::open(&path, 1 << 20).unwrap();
+    for (oid, tid, end) in [(1, 50, None), (2, 10, None), (3, 40, None), (4, 5, Some(45)), (4, 45, None)] {
+        cache.store(Oid(oid), Tid(tid), end.map(Tid), format!("{oid} {tid}").as_bytes());
+    }
+    cache.set_last_tid(Tid(60));
+    cache.close();
+    path
+}
+
+/// What the server says of the cache's revisions, newest first, and the oids that it says have changed since.
+fn open_cached(
+    path: &std::path::Path,
+    found: &[(u64, u64, Option<&[u8]>)],
+    changed: &[u64],
+) -> (Arc<Client>, Peer) {
+    let server = FakeServer::new(Encoding::Msgpack);
+    let mut options = server.options();
+    options.cache_path = Some(path.to_owned());
+    let (sender, _) = channel();
+    let client = Client::new(options, Arc::new(Waiting(Mutex::new(sender)))).unwrap();
+    client.connect().unwrap();
+    let mut peer = server.accept();
+    peer.register(Tid(70));
+    let changed = changed.iter().map(|&oid| oid_value(Oid(oid))).collect();
+    let invalidations = Value::Tuple(vec![tid_value(Tid(70)), Value::List(changed)]);
+    let mut found = found.iter();
+    loop {
+        let (id, call) = peer.call().expect("a call");
+        match call {
+            Call::LoadSerial { oid, serial } => {
+                let &(of, at, data) = found.next().expect("no more is asked for");
+                assert_eq!((oid, serial), (Oid(of), Tid(at)));
+                match data {
+                    Some(data) => peer.reply(&id, &Value::Bytes(Bytes::copy_from_slice(data))),
+                    None => peer.fault(&id, "ZODB.POSException.POSKeyError", Value::Tuple(Vec::new())),
+                }
+            }
+            Call::GetInvalidations { tid: Tid(60) } => peer.reply(&id, &invalidations),
+            Call::GetInfo => {
+                peer.reply(&id, &Value::Dict(Vec::new()));
+                break;
+            }
+            other => panic!("unexpected {other:?}"),
+        }
+    }
+    assert!(found.next().is_none(), "more should have been asked for");
+    client.wait_connected(PATIENCE).unwrap();
+    (client, peer)
+}
+
+fn covered(client: &Client) -> Vec<u64> {
+    (1..5).filter(|&oid| client.cache().covers(Oid(oid), Tid::MAX)).collect()
+}
+
+/// The newest object of the cache was changed and packed while the client was away: the rest is as good as before.
+#[test]
+fn a_cache_whose_newest_object_was_packed_is_kept() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = cached(&directory);
+    let (client, _peer) = open_cached(&path, &[(1, 50, None), (4, 45, Some(b"4 45"))], &[1]);
+    assert_eq!(covered(&client), [2, 3, 4]);
+    assert_eq!(client.last_tid(), Tid(70));
+    client.close();
+    assert!(!path.with_extension("aside").exists());
+}
+
+/// An object that nothing refers to any more was packed away without a transaction. What the cache knows to have happened
+/// after the newest revision that both have is forgotten, in the file too: it may have been another history.
+#[test]
+fn of_a_cache_only_what_the_server_has_too_is_kept() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = cached(&directory);
+    let found: [(u64, u64, Option<&[u8]>); 4] =
+        [(1, 50, None), (1, 50, None), (4, 45, None), (3, 40, Some(b"3 40"))];
+    let (client, _peer) = open_cached(&path, &found, &[]);
+    assert_eq!(covered(&client), [2, 3]);
+    assert!(
+        client.load_cached(Oid(4), Tid(20)).is_none(),
+        "it ended in a transaction that may never have been"
+    );
+    client.close();
+    let (cache, _) = Cache::open(&path, 1 << 20).unwrap();
+    assert_eq!((cache.len(), cache.covers(Oid(4), Tid(20))), (2, false));
+}
+
+/// The server has none of it, or something else under the same tid.
+#[test]
+fn a_cache_of_another_database_is_moved_aside() {
+    let nothing = [(1, 50, None), (4, 45, None), (3, 40, None), (2, 10, None)];
+    let other: [(u64, u64, Option<&[u8]>); 2] = [(1, 50, None), (4, 45, Some(b"another"))];
+    for (found, changed) in [(&nothing[..], &[1][..]), (&other, &[1]), (&[(1, 50, Some(b"another"))], &[])] {
+        let directory = tempfile::tempdir().unwrap();
+        let path = cached(&directory);
+        let (client, _peer) = open_cached(&path, found, changed);
+        assert!(client.cache().is_empty() && client.last_tid() == Tid(70));
+        client.close();
+        assert!(path.with_extension("aside").exists());
+    }
 }

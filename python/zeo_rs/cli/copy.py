@@ -4,7 +4,7 @@ from ZODB.utils import p64, u64, z64
 
 from zeo_rs.cli import fail
 from zeo_rs.cli.progress import Bar
-from zeo_rs.copying import copy
+from zeo_rs.copying import copy, keeps_blobs
 from zeo_rs.uri import open_storage
 
 STORAGE = "Data.fs, zeo://HOST:PORT?storage=NAME, zeo:///SOCKET, or FILE.conf#NAME; TLS: &ssl_certificate=PEM&ssl_key=PEM&ssl_authenticate=PEM"
@@ -30,7 +30,7 @@ def run(args):
             start = beginning(source, destination, args.incremental)
         except ValueError as error:
             return fail(error)
-        bar = Bar("copying", total(source, start), args.quiet)
+        bar = Bar("copying", total(source, destination, start), args.quiet, watch=opened)
         with bar:
             done = copy(source, destination, start, bar.copied)
     except KeyboardInterrupt:
@@ -61,6 +61,8 @@ def beginning(source, destination, incremental):
     raise ValueError("the destination's last transaction is not in the source: it is no copy of it, or the source was packed")
 
 
-def total(source, start):
-    """Bytes to copy, about; unknown if some are there already."""
-    return source.getSize() if start is None else None
+def total(source, destination, start):
+    """Bytes to copy, about; unknown if some are there already, or if blobs come on top."""
+    if start is not None or keeps_blobs(source) and keeps_blobs(destination):
+        return None
+    return source.getSize()
