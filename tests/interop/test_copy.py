@@ -226,7 +226,9 @@ def test_a_bar_moves_while_a_blob_is_on_its_way(monkeypatch):
 
     def seen(transfers):
         client.transfers = transfers
-        for _ in range(3):  # the last look may have been just before
+        while looked.acquire(blocking=False):
+            pass  # looks from before
+        for _ in range(3):  # the first may have been under way, the third begins when the second is shown
             assert looked.acquire(timeout=60)
         return bar._bar.n, bar._bar.postfix
 
