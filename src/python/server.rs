@@ -26,8 +26,23 @@ use crate::storage::memory::MemoryStorage;
 /// names of ZEO's `StorageServer` arguments, and our limits.
 #[pyclass(name = "Server", module = "zeo_rs._zeo", frozen)]
 struct PyServer {
-    handle: Mutex<ServerHandle>,
+    /// `None` when this is being dropped.
+    handle: Mutex<Option<ServerHandle>>,
     addresses: Vec<Address>,
+}
+
+impl PyServer {
+    fn with<T>(&self, body: impl FnOnce(&mut ServerHandle) -> T) -> Option<T> {
+        self.handle.lock().unwrap_or_else(PoisonError::into_inner).as_mut().map(body)
+    }
+}
+
+/// One that nobody has stopped. Its threads need the GIL to close storages in Python.
+impl Drop for PyServer {
+    fn drop(&mut self) {
+        let handle = self.handle.get_mut().unwrap_or_else(PoisonError::into_inner).take();
+        let _ = Python::try_attach(|py| py.detach(|| drop(handle)));
+    }
 }
 
 #[pymethods]
@@ -56,7 +71,7 @@ impl PyServer {
             }
         }
         let handle = py.detach(|| Server::bind(config, opened)?.start()).map_err(|error| raise(py, error))?;
-        Ok(Self { addresses: handle.addresses().to_vec(), handle: Mutex::new(handle) })
+        Ok(Self { addresses: handle.addresses().to_vec(), handle: Mutex::new(Some(handle)) })
     }
 
     /// The first address listened on: `(host, port)` or a path.
@@ -73,19 +88,19 @@ impl PyServer {
     /// Where operators are answered over HTTP, or `None`.
     #[getter]
     fn http_address<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyAny>>> {
-        let handle = self.handle.lock().unwrap_or_else(PoisonError::into_inner);
-        handle.http_address().map(|address| address_value(py, address)).transpose()
+        let address = self.with(|handle| handle.http_address().cloned()).flatten();
+        address.map(|address| address_value(py, &address)).transpose()
     }
 
     /// The status of all storages as JSON text, as `ruok` answers it.
     fn status(&self, py: Python<'_>) -> String {
-        py.detach(|| self.handle.lock().unwrap_or_else(PoisonError::into_inner).status_json())
+        py.detach(|| self.with(|handle| handle.status_json())).unwrap_or_default()
     }
 
     /// Stops in good order: clients that have voted may finish, storages are closed. Further calls do nothing.
     fn stop(&self, py: Python<'_>) -> PyResult<()> {
-        py.detach(|| self.handle.lock().unwrap_or_else(PoisonError::into_inner).stop())
-            .map_err(|error| raise(py, error))
+        let stopped = py.detach(|| self.with(ServerHandle::stop));
+        stopped.unwrap_or(Ok(())).map_err(|error| raise(py, error))
     }
 }
 

@@ -53,6 +53,15 @@ pub(crate) struct Upload {
     _counted: Counted,
 }
 
+/// The arguments of `storeBlobShared`.
+pub(crate) struct SharedBlob {
+    pub(crate) oid: Oid,
+    pub(crate) serial: Tid,
+    pub(crate) data: Bytes,
+    pub(crate) filename: String,
+    pub(crate) key: TxnKey,
+}
+
 /// A transfer as the statistics see it, while it lives.
 struct Counted(Arc<AtomicU64>);
 
@@ -297,11 +306,8 @@ impl Session {
     pub(crate) fn store_blob_shared(
         &mut self,
         hub: &Hub,
-        oid: Oid,
-        serial: Tid,
-        data: Bytes,
-        filename: &str,
-        key: &TxnKey,
+        to: &mut ReplyTo,
+        SharedBlob { oid, serial, data, filename, key }: SharedBlob,
     ) -> Served {
         let is_plain = !filename.contains(['/', '\\', '\0']) && !filename.starts_with('.');
         let stem = filename.strip_suffix(".tmp").or_else(|| {
@@ -311,13 +317,27 @@ impl Session {
         });
         if !is_plain || stem.is_none() {
             if let Some(not_logged) = self.chatter.spend(std::time::Instant::now()) {
-                let filename = filename.chars().take(200).collect::<String>();
+                let filename: String = filename.chars().take(200).collect();
                 tracing::error!(client = %self.who(), filename, not_logged, "storeBlobShared with a name that is not allowed");
             }
             return Err(Fault::value_error(format!("{filename:?} is no name of an uncommitted blob")));
         }
-        let path = hub.storage.blob_oid_directory(oid).map_err(|error| fault::of(&error))?.join(filename);
-        self.stage_blob(oid, serial, data, TemporaryFile(path), key)
+        let stage = move |session: &mut Self, directory: Result<PathBuf, StorageError>| {
+            let path = directory.map_err(|error| fault::of(&error))?.join(filename);
+            session.stage_blob(oid, serial, data, TemporaryFile(path), &key)
+        };
+        if !hub.capabilities.slow_calls {
+            return stage(self, hub.storage.blob_oid_directory(oid));
+        }
+        let (to, storage) = (to.take(), Arc::clone(&hub.storage));
+        self.background_in_order(
+            move || storage.blob_oid_directory(oid),
+            move |session, directory| {
+                let served = stage(session, directory);
+                session.answer(to, served);
+            },
+        );
+        Ok(Outcome::Later)
     }
 
     pub(crate) fn send_blob(&mut self, hub: &Arc<Hub>, to: &mut ReplyTo, oid: Oid, serial: Tid) -> Served {

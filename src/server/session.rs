@@ -26,7 +26,7 @@ use tokio::runtime::Handle;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::Shared;
-use super::blobs::{BlobStream, Upload};
+use super::blobs::{BlobStream, SharedBlob, Upload};
 use super::cursors::{CursorCall, Cursors};
 use super::fault;
 use super::hub::{Hub, Registration, count};
@@ -312,7 +312,7 @@ impl Session {
                 self.store_blob_end(hub, to, oid, serial, data, txn)
             }
             Call::StoreBlobShared { oid, serial, data, filename, txn } => {
-                self.store_blob_shared(hub, oid, serial, data, &filename, &txn)
+                self.store_blob_shared(hub, to, SharedBlob { oid, serial, data, filename, key: txn })
             }
             Call::Vote { txn } => self.vote(hub, to, &txn),
             Call::TpcFinish { txn } => self.tpc_finish(hub, to, &txn),

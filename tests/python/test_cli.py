@@ -383,5 +383,3 @@ def test_server_function_in_memory_and_by_configuration(tmp_path):
     stop()
     with pytest.raises(TypeError):
         zeo_rs.server(nonsense=1)
-    with pytest.raises(TypeError):
-        zeo_rs.server(zeo_conf={"nonsense": 1})

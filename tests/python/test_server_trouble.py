@@ -71,6 +71,22 @@ def test_a_storage_whose_tpc_finish_fails_is_told_to_abort():
         server.stop()
 
 
+UNSTOPPED = """
+import ZODB.MappingStorage
+from zeo_rs import _zeo
+storage = ZODB.MappingStorage.MappingStorage()
+storage.close = lambda: print("closed")
+server = _zeo.Server([("127.0.0.1", 0)], [("1", storage)], {})
+del server
+"""
+
+
+def test_a_server_that_nobody_stopped_ends_with_its_object():
+    """Its threads need the GIL for the storage's close. In a process of its own: a deadlock that holds the GIL has no timeout."""
+    done = subprocess.run([sys.executable, "-c", UNSTOPPED], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "closed\n"), done.stderr
+
+
 class CountsSlowly(MappingStorage):
     """Counting its objects takes until the test lets it."""
 
