@@ -9,7 +9,7 @@
 //! | `mailbox` | what the rest of the server has to say to one connection, in order |
 //! | `hub` | one storage: who listens, what was published |
 //! | `staging` | what a transaction has sent before its vote, in memory or on disk |
-//! | `locks`, `commit` | which transaction holds which objects; the thread that finishes |
+//! | `locks`, `verdict`, `commit` | which transaction holds which objects; how a vote ends; the thread that finishes |
 //! | `admin` | the operators' HTTP listener: metrics, health, status page |
 //! | `status`, `fault`, `slow` | numbers for monitors; errors for clients; what took too long, for the log |
 //!
@@ -35,6 +35,7 @@ mod staging;
 mod status;
 mod transaction;
 mod undo;
+mod verdict;
 
 use std::fmt;
 use std::path::PathBuf;

@@ -22,6 +22,7 @@ import zeo_rs
 from zeo_rs import _zeo
 from zeo_rs.cli.status import ask
 from zeo_rs.config import ConfigurationError, client_address, load_server_text
+from zeo_rs.embedded import start_threaded
 
 PATIENCE = 30
 
@@ -136,8 +137,6 @@ def test_a_front_whose_server_is_gone_is_not_ready(tmp_path):
     below = Serving("-a", "127.0.0.1:0", "-f", tmp_path / "Data.fs")
     storage = f"%import zeo_rs\n<clientstorage>\n  server {below.addresses[0]}\n  wait-timeout 2\n</clientstorage>"
     text = "<zeo>\n  address 127.0.0.1:0\n  http-address 127.0.0.1:0\n</zeo>\n" + storage
-    from zeo_rs.embedded import start_threaded
-
     front = start_threaded(text)
     try:
         assert get(front.http_address, "/readyz") == (200, "ready\n")
@@ -147,6 +146,32 @@ def test_a_front_whose_server_is_gone_is_not_ready(tmp_path):
         assert get(front.http_address, "/healthz")[0] == 200
     finally:
         front.stop()
+
+
+def test_a_front_commits_again_when_its_server_is_back(tmp_path):
+    path = str(tmp_path / "below")
+    below = Serving("-a", path, "-f", tmp_path / "Data.fs")
+    storage = f"%import zeo_rs\n<clientstorage>\n  server {path}\n  wait-timeout 2\n</clientstorage>"
+    front = start_threaded("<zeo>\n  address 127.0.0.1:0\n</zeo>\n" + storage)
+    try:
+        with Raw(front.address) as peer:
+            peer.answer(vote(peer, 1))
+            below.process.kill()
+            below.process.communicate(timeout=60)
+            with pytest.raises(RuntimeError, match="Disconnected"):
+                peer.call("tpc_finish", 1)
+        below = Serving("-a", path, "-f", tmp_path / "Data.fs")
+        deadline = time.monotonic() + 60
+        while True:
+            # until it is connected; a vote that hangs ends in the timeout of the socket
+            with contextlib.suppress(RuntimeError, EOFError, ConnectionError), Raw(front.address) as peer:
+                peer.answer(vote(peer, 1))
+                assert len(peer.call("tpc_finish", 1)) == 8
+                break
+            assert time.monotonic() < deadline
+    finally:
+        front.stop()
+        assert below.end() == 0
 
 
 # -- clients
