@@ -22,7 +22,7 @@ use tokio::time::{Sleep, sleep, sleep_until, timeout};
 
 use super::Shared;
 use super::blobs::BlobStream;
-use super::seat::{LOOK, Lost, Pace, go_to};
+use super::seat::{LOOK, Lost, Pace, Spot};
 use super::session::{HIGH_WATER, Session};
 use super::socket::OverSocket;
 use super::status;
@@ -196,9 +196,7 @@ impl<S: AsyncRead + AsyncWrite + OverSocket + Unpin + Send> Connection<S> {
         let mut turn = 0;
         let mut pace = Pace::new(self.session.requests);
         self.session.owns_thread = place == Place::Seat;
-        if place == Place::Seat {
-            self.sit_down();
-        }
+        let mut spot = (place == Place::Seat).then(|| Spot::new(self.session.requests.0));
         let mut moves = false;
         let mut look = pin!(sleep(LOOK));
         loop {
@@ -260,7 +258,6 @@ impl<S: AsyncRead + AsyncWrite + OverSocket + Unpin + Send> Connection<S> {
                     () = look.as_mut(), if place == Place::Seat => {
                         moves |= pace.is_quiet(session.requests);
                         look.as_mut().reset(tokio::time::Instant::now() + LOOK);
-                        self.sit_down();
                         continue;
                     }
                     () = sleep_until(stop_at.unwrap_or_else(Instant::now).into()), if stop_at.is_some() => return End::Stop,
@@ -273,17 +270,13 @@ impl<S: AsyncRead + AsyncWrite + OverSocket + Unpin + Send> Connection<S> {
                 Transfer::Received(count) => {
                     session.count_traffic(count, 0);
                     turn += count;
+                    if let Some(spot) = &mut spot {
+                        spot.received(session.requests.0, || socket.socket().core());
+                    }
                 }
                 Transfer::Ended => return End::Peer,
                 Transfer::Read(buffer) => session.stream_on(buffer),
             }
-        }
-    }
-
-    /// Goes, with its thread, to the core of its client.
-    fn sit_down(&mut self) {
-        if let Some(core) = self.socket.socket().core() {
-            go_to(core);
         }
     }
 

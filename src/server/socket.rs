@@ -36,12 +36,12 @@ impl Socket {
         *self = Self::Moving(moving.unwrap_or(Moving::Lost));
     }
 
-    /// The core on which what arrives is received: that of the peer, if it is on this machine.
+    /// The core on which its client runs, if that is on this machine: where what it sends is received. One system call,
+    /// and two more that look whether it is.
     pub(crate) fn core(&self) -> Option<usize> {
-        match self {
-            Self::Tcp(stream) => SockRef::from(stream).cpu_affinity().ok(),
-            _ => None,
-        }
+        let Self::Tcp(stream) = self else { return None };
+        let is_here = stream.peer_addr().ok()?.ip() == stream.local_addr().ok()?.ip();
+        is_here.then(|| SockRef::from(stream).cpu_affinity().ok()).flatten()
     }
 
     /// The current runtime is told of it.
