@@ -16,8 +16,8 @@ use rustix::net::{RecvFlags, SendFlags};
 use socket2::{SockRef, TcpKeepalive};
 
 use super::race::connect_first;
-use crate::net::Address;
 use crate::net::tls::{ClientSession, ClientTls, TlsError};
+use crate::net::{Address, Spin};
 
 /// A dead peer is noticed after about this long without an answer to the kernel's probes.
 const DEAD_AFTER: Duration = Duration::from_secs(20);
@@ -34,6 +34,7 @@ pub(super) struct Stream {
     tls: Option<Mutex<ClientSession>>,
     /// As `str((host, port))` or the path: what `sortKey` is made of.
     pub(super) peer: Peer,
+    spin: Spin,
 }
 
 #[derive(Clone, Debug)]
@@ -68,14 +69,22 @@ impl Stream {
         let (mut stream, host) = match address {
             Address::Unix(path) => {
                 let socket = Socket::Unix(UnixStream::connect(path)?);
-                (Self { socket, tls: None, peer: Peer::Unix(path.display().to_string()) }, None)
+                (
+                    Self {
+                        socket,
+                        tls: None,
+                        peer: Peer::Unix(path.display().to_string()),
+                        spin: Spin::default(),
+                    },
+                    None,
+                )
             }
             Address::Tcp { host, .. } => {
                 let host = if host.is_empty() { LOCAL } else { host.as_str() };
                 let socket = connect_tcp(address, deadline)?;
                 let remote = socket.peer_addr()?;
                 let peer = Peer::Tcp { host: remote.ip().to_string(), port: remote.port() };
-                (Self { socket: Socket::Tcp(socket), tls: None, peer }, Some(host))
+                (Self { socket: Socket::Tcp(socket), tls: None, peer, spin: Spin::default() }, Some(host))
             }
         };
         if let Some(tls) = tls {
@@ -234,9 +243,16 @@ impl Stream {
     }
 
     fn receive(&self, buffer: &mut [u8], now: bool) -> io::Result<usize> {
-        let flags = if now { RecvFlags::DONTWAIT } else { RecvFlags::empty() };
-        let (count, _) = rustix::net::recv(&self.socket, buffer, flags)?;
-        Ok(count)
+        let mut receive =
+            |flags| rustix::net::recv(&self.socket, &mut *buffer, flags).map(|(count, _)| count);
+        if now {
+            return Ok(receive(RecvFlags::DONTWAIT)?);
+        }
+        let soon = self.spin.ask(|| match receive(RecvFlags::DONTWAIT) {
+            Err(rustix::io::Errno::AGAIN) => None,
+            received => Some(received),
+        });
+        Ok(soon.unwrap_or_else(|| receive(RecvFlags::empty()))?)
     }
 }
 

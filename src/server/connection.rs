@@ -26,6 +26,7 @@ use super::seat::{LOOK, Lost, Pace, Spot};
 use super::session::{HIGH_WATER, Session};
 use super::socket::OverSocket;
 use super::status;
+use crate::net::Spin;
 use crate::net::tls::looks_like_tls;
 use crate::wire::{ClientHello, Encoding, FrameReader, decode_request, put_frame};
 
@@ -196,6 +197,7 @@ impl<S: AsyncRead + AsyncWrite + OverSocket + Unpin + Send> Connection<S> {
         let mut turn = 0;
         let mut pace = Pace::new(self.session.requests);
         self.session.owns_thread = place == Place::Seat;
+        let spin = Spin::default();
         let mut spot = (place == Place::Seat).then(|| Spot::new(self.session.requests.0));
         let mut moves = false;
         let mut look = pin!(sleep(LOOK));
@@ -245,6 +247,10 @@ impl<S: AsyncRead + AsyncWrite + OverSocket + Unpin + Send> Connection<S> {
             } else {
                 now(transfer(socket, &mut session.out, received, &mut session.stream, may_serve)).await
             };
+            if at_once.is_none() && spot.is_some() && may_serve && session.out.is_empty() {
+                // What has come then is taken below; its wake-up is on its way.
+                spin.ask(|| socket.socket().is_readable().then_some(()));
+            }
             let done = match at_once {
                 Some(done) => done,
                 None => tokio::select! {
@@ -271,7 +277,9 @@ impl<S: AsyncRead + AsyncWrite + OverSocket + Unpin + Send> Connection<S> {
                     session.count_traffic(count, 0);
                     turn += count;
                     if let Some(spot) = &mut spot {
-                        spot.received(session.requests.0, || socket.socket().core());
+                        spot.received(session.requests.0, || {
+                            spin.fails().then(|| socket.socket().core()).flatten()
+                        });
                     }
                 }
                 Transfer::Ended => return End::Peer,

@@ -109,8 +109,9 @@ impl Seat {
 /// On which core the thread of a seat runs.
 ///
 /// A client on this machine that waits for each answer takes turns with it: on one core, no interrupt to another one is
-/// needed to wake either, and no core is left idle that could do something. One with several requests under way works
-/// beside it, and what comes from other machines may all be received by one core: their threads run anywhere.
+/// needed to wake either, and if all cores are busy, none is left idle by that. If they are not, each is better off on a core of
+/// its own, where it asks for the next message without sleeping ([`crate::net::Spin`]). A client with several requests under way
+/// works beside its thread, and what comes from other machines may all be received by one core: these run anywhere.
 pub(crate) struct Spot {
     /// Where the process may run.
     allowed: Option<CpuSet>,

@@ -4,6 +4,8 @@ use std::io;
 use std::pin::Pin;
 use std::task::{Context, Poll};
 
+use rustix::io::Errno;
+use rustix::net::{RecvFlags, recv};
 use socket2::SockRef;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpStream, UnixStream};
@@ -42,6 +44,18 @@ impl Socket {
         let Self::Tcp(stream) = self else { return None };
         let is_here = stream.peer_addr().ok()?.ip() == stream.local_addr().ok()?.ip();
         is_here.then(|| SockRef::from(stream).cpu_affinity().ok()).flatten()
+    }
+
+    /// Whether something has come, asking the system.
+    pub(crate) fn is_readable(&self) -> bool {
+        let mut byte = [0];
+        let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
+        let peeked = match self {
+            Self::Tcp(stream) => recv(stream, &mut byte, flags),
+            Self::Unix(stream) => recv(stream, &mut byte, flags),
+            Self::Moving(_) => return true,
+        };
+        !matches!(peeked, Err(Errno::AGAIN))
     }
 
     /// The current runtime is told of it.
