@@ -48,6 +48,7 @@ def upload(kind, addr, size, directory, seconds=0, stop=None):
     try:
         path = os.path.join(directory, "cache", "upload")
         write(path, size)
+        os.sync()                                              # what was written before does not share the disk with what is measured
         oid, before = storage.new_oid(), _watch()
         yield
         begin = perf_counter_ns()
@@ -76,6 +77,7 @@ def download(kind, addr, oid, tid, directory, size):
         oid, tid = bytes.fromhex(oid), bytes.fromhex(tid)
         storage.load(oid)
         before = _watch()
+        os.sync()
         yield
         begin = perf_counter_ns()
         path = storage.loadBlob(oid, tid)
