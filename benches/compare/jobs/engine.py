@@ -130,6 +130,7 @@ def commit(kind, addr, path, count, repeat=30):
     """Median time of transactions of `count` new objects, from tpc_begin to tpc_finish."""
     storage = _open(kind, path)
     try:
+        os.sync()                                              # what others have written does not share the disk with what is measured
         yield
         times = []
         for _ in range(repeat if count == 1 else 9):
