@@ -75,6 +75,7 @@ pub(crate) async fn serve<S>(
         socket,
         frames,
         received,
+        turn: 0,
     };
     let reason = loop {
         match connection.run(&mut stop, Place::Shared).await {
@@ -187,6 +188,8 @@ struct Connection<S> {
     socket: S,
     frames: FrameReader,
     received: BytesMut,
+    /// Bytes received since others had their turn; goes along from place to place, or who moves often would have no end of it.
+    turn: usize,
 }
 
 impl<S: AsyncRead + AsyncWrite + OverSocket + Unpin + Send> Connection<S> {
@@ -194,7 +197,6 @@ impl<S: AsyncRead + AsyncWrite + OverSocket + Unpin + Send> Connection<S> {
         let mailbox = Arc::clone(&self.session.mailbox);
         let mut stop_at = None;
         let mut alarm = Alarm::default();
-        let mut turn = 0;
         let mut pace = Pace::new(self.session.requests);
         self.session.owns_thread = place == Place::Seat;
         let spin = Spin::default();
@@ -228,9 +230,9 @@ impl<S: AsyncRead + AsyncWrite + OverSocket + Unpin + Send> Connection<S> {
             if stop_at.is_some() && !self.session.is_committing() && self.session.out.is_empty() {
                 return End::Stop;
             }
-            let rested = turn >= TURN;
+            let rested = self.turn >= TURN;
             if rested {
-                turn = 0;
+                self.turn = 0;
                 std::thread::yield_now();
                 tokio::task::yield_now().await;
             }
@@ -239,7 +241,7 @@ impl<S: AsyncRead + AsyncWrite + OverSocket + Unpin + Send> Connection<S> {
             if may_serve {
                 self.received.reserve(self.frames.room_wanted(&self.received).max(READ));
             }
-            let Self { session, socket, received, .. } = self;
+            let Self { session, socket, received, turn, .. } = self;
             // First without the rest of what is waited for: to ask it costs more than most requests. Once a turn the rest
             // is asked all the same, or a peer that never pauses would outrun its deadline and a stop.
             let at_once = if rested {
@@ -247,7 +249,7 @@ impl<S: AsyncRead + AsyncWrite + OverSocket + Unpin + Send> Connection<S> {
             } else {
                 now(transfer(socket, &mut session.out, received, &mut session.stream, may_serve)).await
             };
-            if at_once.is_none() && spot.is_some() && may_serve && session.out.is_empty() {
+            if at_once.is_none() && place == Place::Seat && may_serve && session.out.is_empty() {
                 // What has come then is taken below; its wake-up is on its way.
                 spin.ask(|| socket.socket().is_readable().then_some(()));
             }
@@ -275,7 +277,7 @@ impl<S: AsyncRead + AsyncWrite + OverSocket + Unpin + Send> Connection<S> {
                 Transfer::Sent(count) => session.count_traffic(0, count),
                 Transfer::Received(count) => {
                     session.count_traffic(count, 0);
-                    turn += count;
+                    *turn += count;
                     if let Some(spot) = &mut spot {
                         spot.received(session.requests.0, || {
                             spin.fails().then(|| socket.socket().core()).flatten()

@@ -327,14 +327,27 @@ fn a_transaction_that_holds_its_locks_too_long_is_aborted() {
 
 #[test]
 fn a_client_that_never_pauses_does_not_outlive_its_transaction() {
-    let config =
-        ServerConfig { transaction_timeout: Some(Duration::from_millis(200)), ..ServerConfig::default() };
+    // Loads make it move from thread to thread, or try to.
+    let loads = Call::LoadBefore { oid: Oid(1), before: Tid::MAX };
+    for (load_threads, calls) in
+        [(64, [Call::Ping, Call::Ping]), (0, [loads.clone(), loads.clone()]), (64, [loads, Call::Ping])]
+    {
+        outlive(load_threads, &calls);
+    }
+}
+
+fn outlive(load_threads: usize, calls: &[Call; 2]) {
+    let config = ServerConfig {
+        transaction_timeout: Some(Duration::from_millis(200)),
+        load_threads,
+        ..ServerConfig::default()
+    };
     let server = serve(config, memory());
     let (mut noisy, mut next) = two(&server);
     noisy.begin(1);
     noisy.store(1, 1, Tid::ZERO, b"x");
     noisy.vote(1).unwrap();
-    let flood = noisy.casts(&Call::Ping, 20_000);
+    let flood = [noisy.casts(&calls[0], 100), noisy.casts(&calls[1], 1)].concat().repeat(200);
     let start = Instant::now();
     // ends with an error once the server has closed the connection
     let noise = std::thread::spawn(move || while start.elapsed() < PATIENCE && noisy.write(&flood) {});
