@@ -2,6 +2,8 @@
 
 The client itself is Rust (``zeo_rs._zeo``). This module gives it ZEO's constructor and ZODB's interfaces, and does what is
 ZODB's business in Python: conflict resolution, blob directories, iteration.
+
+One file of more than 500 lines, because it is one class with the arguments and methods that ZEO's has.
 """
 
 import contextlib
@@ -440,37 +442,51 @@ class ClientStorage(ConflictResolvingStorage, _zeo.ClientStorageBase):
                 self._iterator_gc(generation, iids)
 
 
-class TransactionIterator:
-    """Transactions of the server, one call each. Lives in one connection."""
+class _ServerIterator:
+    """What the server keeps a cursor for, one call for each item. Lives in one connection."""
 
-    def __init__(self, storage, start, stop):
-        self._storage = storage
-        self._generation, self._iid = storage._iterator_start(start, stop)
+    _ended = True  # until there is a cursor
+
+    def _start(self, storage, generation, iid):
+        self._storage, self._generation, self._iid = storage, generation, iid
         self._ended = False
 
     def __iter__(self):
         return self
 
-    def __next__(self):
+    def _next(self, call):
+        """What ``call`` answers; after the last item StopIteration, and the server has forgotten it."""
         if self._ended:
             raise StopIteration
-        answer = self._storage._iterator_next(self._generation, self._iid)
+        answer = call(self._generation, self._iid)
         if answer is None:
             self._ended = True
             raise StopIteration
-        return TransactionRecord(self, *answer)
+        return answer
 
-    next = __next__
-
-    def close(self):
-        """Let the server forget it."""
+    def _drop(self):
         if not self._ended:
             self._ended = True
             self._storage._dropped_iterators.append((self._generation, self._iid))
 
     def __del__(self):
-        if not getattr(self, "_ended", True):
-            self.close()
+        self._drop()
+
+
+class TransactionIterator(_ServerIterator):
+    """Transactions of the server."""
+
+    def __init__(self, storage, start, stop):
+        self._start(storage, *storage._iterator_start(start, stop))
+
+    def __next__(self):
+        return TransactionRecord(self, *self._next(self._storage._iterator_next))
+
+    next = __next__
+
+    def close(self):
+        """Let the server forget it."""
+        self._drop()
 
 
 class TransactionRecord(ZODB.BaseStorage.TransactionRecord):
@@ -484,32 +500,17 @@ class TransactionRecord(ZODB.BaseStorage.TransactionRecord):
         return RecordIterator(self._transactions, self.tid)
 
 
-class RecordIterator:
-    """The data records of one transaction, one call each."""
+class RecordIterator(_ServerIterator):
+    """The data records of one transaction."""
 
     def __init__(self, transactions, tid):
-        self._storage, self._generation = transactions._storage, transactions._generation
-        self._iid = self._storage._iterator_record_start(self._generation, transactions._iid, tid)
-        self._ended = False
-
-    def __iter__(self):
-        return self
+        storage, generation = transactions._storage, transactions._generation
+        self._start(storage, generation, storage._iterator_record_start(generation, transactions._iid, tid))
 
     def __next__(self):
-        if self._ended:
-            raise StopIteration
-        answer = self._storage._iterator_record_next(self._generation, self._iid)
-        if answer is None:
-            self._ended = True
-            raise StopIteration
-        return ZODB.BaseStorage.DataRecord(*answer)
+        return ZODB.BaseStorage.DataRecord(*self._next(self._storage._iterator_record_next))
 
     next = __next__
-
-    def __del__(self):
-        if not getattr(self, "_ended", True):
-            self._ended = True
-            self._storage._dropped_iterators.append((self._generation, self._iid))
 
 
 def _cache_path(cache, client, var, storage):
