@@ -40,7 +40,7 @@ use crate::ids::{Oid, Tid};
 use crate::limits::MAX_NEW_OIDS;
 use crate::net::Address;
 use crate::pickle::Value;
-use crate::storage::Loaded;
+use crate::storage::{Loaded, Owner};
 use crate::wire::Call;
 use connection::Connection;
 use core::{Core, is_in_callback};
@@ -67,7 +67,7 @@ pub struct Client {
     core: Arc<Core>,
     wake: Arc<Wake>,
     closing: AtomicBool,
-    process: u32,
+    process: Owner,
     state: Mutex<State>,
     changed: Condvar,
     events: Mutex<Sender<Event>>,
@@ -154,7 +154,7 @@ impl Client {
             core: Arc::new(Core::new(cache, last_tid, callbacks)),
             wake: Arc::new(wake),
             closing: AtomicBool::new(false),
-            process: std::process::id(),
+            process: Owner::here(),
             state: Mutex::new(State {
                 phase: Phase::Connecting,
                 was_ready,
@@ -417,8 +417,8 @@ impl Client {
     /// A usable connection. Without a `timeout` now or never; before the first one ever it is not waited for, unless
     /// the client is being made (`opening`).
     fn operational(&self, timeout: Option<Duration>, opening: bool) -> Result<Arc<Connection>> {
-        if self.process != std::process::id() {
-            return Err(ClientError::Forked(self.process));
+        if !self.process.is_here() {
+            return Err(ClientError::Forked(self.process.pid()));
         }
         let mut deadline = None;
         let mut state = self.state();
