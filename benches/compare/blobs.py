@@ -4,7 +4,7 @@ import shutil
 import time
 
 from . import data
-from .harness import forget_peak, memory
+from .harness import forget_peak, memory, use_memory
 from .jobs.blobs import write
 
 
@@ -23,6 +23,7 @@ def copy_seconds(bench, size):
     directory = bench.directory("cp")
     source = os.path.join(directory, "a")
     write(source, size)
+    use_memory(directory, 2 * size)
     start = time.perf_counter()
     shutil.copyfile(source, source + ".copy")
     elapsed = time.perf_counter() - start
@@ -36,6 +37,7 @@ def large(bench, servers):
 
     def up(client, server):
         pid, directory = servers[server].pid, bench.directory("up")
+        use_memory(directory, 4 * size)
         forget_peak(pid)
         before = memory(pid)[0]
         report, = bench.run(client, servers[server], [("blobs.upload", {"size": size, "directory": directory})])
@@ -46,6 +48,7 @@ def large(bench, servers):
 
     def down(client, server):
         pid = servers[server].pid
+        use_memory(bench.work_dir, 3 * size)
         forget_peak(pid)
         before = memory(pid)[0]
         report, = bench.run(client, servers[server], [("blobs.download", {

@@ -32,6 +32,7 @@ EXTRA = {
     "max_transaction_size": "max_staged",
     "max_iterators": "max_cursors",
     "load_threads": "load_threads",
+    "local_socket": "local_socket",
     "max_unread_invalidations": "max_unread",
     "handshake_timeout": "handshake_timeout",
     "peer_timeout": "peer_timeout",

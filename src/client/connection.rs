@@ -10,17 +10,19 @@
 //! (`keeper.rs`) reads.
 //!
 //! Invalidations end in a call of Python code, which must not run on a caller's thread (it may hold
-//! locks that the callback wants). A leader that meets one leaves it where it is and stops; nothing behind it is
-//! touched until the background thread has applied it.
+//! locks that the callback wants). Whoever reads one ends the revisions in the cache and leaves the rest to the background thread:
+//! to tell the database, then to move the last tid. Until that is done, reading goes on for load replies of which nobody can tell
+//! that it is not (nothing in them is younger than the last tid), so that a load need not wait for a thread switch and Python
+//! code because somebody else has committed. At any other message a leader stops; nothing behind it is touched before.
 //!
 //! # Locks
 //! `shared` (who waits, who reads; held for a few instructions), `out` (what is to be sent; not held while one thread
-//! writes it for all), `inbox` (by the reader, uncontended). None of them is held while Python code runs, except `inbox`, for which nobody waits.
+//! writes it for all), `inbox` (by the reader, uncontended), `untold` (for a push or a pop). None of them is held while Python code runs, except `inbox`, for which nobody waits.
 
 use std::collections::VecDeque;
 use std::collections::hash_map::Entry;
 use std::io;
-use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -45,6 +47,8 @@ const FLUSH_AT: usize = 64 << 10;
 const MAX_SENDS: usize = 16;
 /// A write buffer larger than this is given back after use.
 const KEEP_BUFFER: usize = 1 << 20;
+/// So many transactions may wait for the database to be told; then nothing more is read.
+const MAX_UNTOLD: usize = 1000;
 /// Waiters that are done are dropped from the queue when it gets this long.
 const WAITERS: usize = 64;
 
@@ -63,6 +67,10 @@ pub(super) struct Connection {
     out: Mutex<Out>,
     written: Condvar,
     inbox: Mutex<Inbox>,
+    /// What the cache has been told and the database has not, by tid.
+    untold: Mutex<VecDeque<(Tid, Vec<Oid>)>>,
+    /// How many; those that are just being told included. Raised under the lock of `inbox`.
+    untold_count: AtomicUsize,
 }
 
 /// What is to be sent.
@@ -147,6 +155,8 @@ impl Connection {
             out: Mutex::default(),
             written: Condvar::new(),
             inbox: Mutex::new(inbox),
+            untold: Mutex::default(),
+            untold_count: AtomicUsize::new(0),
         }
     }
 
@@ -516,31 +526,53 @@ impl Connection {
         }
     }
 
-    /// For the background thread: applies what is there, callbacks included. Returns at once if a caller reads.
+    /// For the background thread: tells the database what it has to hear, and applies what is there. Reads nothing if a caller does.
     pub(super) fn read_in_background(&self) {
-        {
-            let mut shared = self.shared();
-            if shared.reader == Reader::Somebody || shared.reason.is_some() {
-                return;
+        self.tell_database();
+        if self.may_read_in_background() {
+            let _role = Role { connection: self, parked: false };
+            let mut inbox = self.inbox();
+            // Not asked once more for what is not there: the caller polls anyway.
+            let mut more = Filled::Full;
+            loop {
+                while self.apply_ready(&mut inbox, true) {
+                    self.tell_database();
+                }
+                if more != Filled::Full || self.is_dead() {
+                    break;
+                }
+                more = self.fill(&mut inbox, true);
             }
+        }
+        // Callers may read meanwhile.
+        self.tell_database();
+    }
+
+    fn may_read_in_background(&self) -> bool {
+        let mut shared = self.shared();
+        let may = shared.reader != Reader::Somebody && shared.reason.is_none();
+        if may {
             shared.reader = Reader::Somebody;
         }
-        let _role = Role { connection: self, parked: false };
-        let mut inbox = self.inbox();
-        self.apply_ready(&mut inbox, true);
-        while !self.is_dead() {
-            let filled = self.fill(&mut inbox, true);
-            self.apply_ready(&mut inbox, true);
-            // Not asked once more for what is not there: the caller polls anyway.
-            if filled != Filled::Full {
-                break;
-            }
+        may
+    }
+
+    /// The second half of invalidations, in order. For the background thread, which no caller waits for with a lock of the database.
+    pub(super) fn tell_database(&self) {
+        while self.is_untold() {
+            let Some((tid, oids)) = self.untold().pop_front() else { return };
+            self.core.tell(tid, &oids);
+            self.untold_count.fetch_sub(1, Ordering::Release);
         }
     }
 
-    /// True if bytes may wait that the socket does not announce.
+    fn is_untold(&self) -> bool {
+        self.untold_count.load(Ordering::Acquire) > 0
+    }
+
+    /// True if something is to be done that the socket does not announce.
     pub(super) fn has_buffered(&self) -> bool {
-        self.shared().reader == Reader::Parked || self.stream.has_buffered()
+        self.is_untold() || self.shared().reader == Reader::Parked || self.stream.has_buffered()
     }
 
     pub(super) fn is_led(&self) -> bool {
@@ -552,19 +584,22 @@ impl Connection {
         (self.leads.load(Ordering::Relaxed), self.is_led())
     }
 
-    /// Applies the whole messages of the inbox in order. True: stopped before one for the background thread.
+    /// Applies the whole messages of the inbox in order. True: stopped before one that has to wait until the database is told.
     fn apply_ready(&self, inbox: &mut Inbox, in_background: bool) -> bool {
         while !self.is_dead() {
             match inbox.next(self.encoding) {
-                Ok(Some(message)) => {
-                    if !in_background
-                        && matches!(message, ServerMessage::Notice(Notice::InvalidateTransaction { .. }))
-                    {
-                        inbox.put_back(message);
-                        return true;
-                    }
-                    self.apply(message);
+                Ok(Some(message)) if self.has_to_wait(&message) => {
+                    inbox.put_back(message);
+                    return true;
                 }
+                Ok(Some(ServerMessage::Notice(Notice::InvalidateTransaction { tid, oids }))) => {
+                    self.core.invalidate(tid, &oids);
+                    self.untold().push_back((tid, oids));
+                    if self.untold_count.fetch_add(1, Ordering::AcqRel) == 0 && !in_background {
+                        self.wake.wake();
+                    }
+                }
+                Ok(Some(message)) => self.apply(message),
                 Ok(None) => return false,
                 Err(problem) => {
                     self.fail(ClientError::disconnected(format!(
@@ -574,6 +609,24 @@ impl Connection {
             }
         }
         false
+    }
+
+    /// Whether a message must not be applied before the database has been told of the invalidations before it.
+    fn has_to_wait(&self, message: &ServerMessage) -> bool {
+        let untold = self.untold_count.load(Ordering::Acquire);
+        if untold == 0 {
+            return false;
+        }
+        // Who has seen a transaction must not be told an older last tid.
+        let is_known = |tid: Tid| tid <= self.core.last_tid_now();
+        match message {
+            ServerMessage::Notice(Notice::InvalidateTransaction { .. }) => untold >= MAX_UNTOLD,
+            ServerMessage::Notice(_) => false,
+            ServerMessage::Loaded { loaded: Some((_, tid, end_tid)), .. } => {
+                !is_known(*tid) || end_tid.is_some_and(|end_tid| !is_known(end_tid))
+            }
+            _ => true,
+        }
     }
 
     /// Reads what the socket has.
@@ -706,6 +759,10 @@ impl Connection {
 
     fn inbox(&self) -> MutexGuard<'_, Inbox> {
         self.inbox.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn untold(&self) -> MutexGuard<'_, VecDeque<(Tid, Vec<Oid>)>> {
+        self.untold.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -113,18 +113,25 @@ impl Core {
         self.last_tid.store(0, Ordering::Release);
     }
 
-    /// C2: cache, then database, then the last tid.
+    /// C2: cache, then ([`Self::tell`]) database, then the last tid.
     pub(super) fn invalidate(&self, tid: Tid, oids: &[Oid]) {
         for &oid in oids {
             self.cache.invalidate(oid, Some(tid));
         }
+    }
+
+    /// The second half of an invalidation.
+    pub(super) fn tell(&self, tid: Tid, oids: &[Oid]) {
         in_callback(|| self.callbacks.invalidate(tid, oids));
         self.advance(tid);
     }
 
     pub(super) fn apply_notice(&self, notice: Notice) {
         match notice {
-            Notice::InvalidateTransaction { tid, oids } => self.invalidate(tid, &oids),
+            Notice::InvalidateTransaction { tid, oids } => {
+                self.invalidate(tid, &oids);
+                self.tell(tid, &oids);
+            }
             Notice::Info(Value::Dict(pairs)) => self.merge_info(pairs),
             Notice::Info(_) => tracing::error!("the server sent info that is no dict"),
             Notice::ReceiveBlobStart { oid, serial } => self.downloads.start(oid, serial),

@@ -11,8 +11,9 @@ use super::options::{Access, Options};
 use super::stream::Stream;
 use crate::ids::Tid;
 use crate::net::Address;
+use crate::net::local;
 use crate::pickle::Value;
-use crate::wire::{self, Call, Encoding, Fault, MessageId, Notice, ServerMessage};
+use crate::wire::{self, Call, Encoding, Fault, LocalOffer, MessageId, Notice, ServerMessage};
 
 /// A connection that only its maker uses: calls go one at a time, notices are kept (C4).
 pub(super) struct Registered {
@@ -20,6 +21,9 @@ pub(super) struct Registered {
     pub(super) encoding: Encoding,
     pub(super) inbox: Inbox,
     pub(super) notices: Vec<Notice>,
+    /// What `get_info` answered.
+    pub(super) info: Vec<(Value, Value)>,
+    offer: Option<LocalOffer>,
     pub(super) server_tid: Tid,
     pub(super) read_only: bool,
     pub(super) next_id: i64,
@@ -49,7 +53,10 @@ pub(super) enum DialError {
 /// A server greets at once. One that has not after this long may be waiting for a TLS hello, which is worth saying.
 const GREETING: Duration = Duration::from_secs(1);
 
-/// Connects, shakes hands, registers. `note` is told what takes long.
+/// A server that is on this machine, and says so, is there at once over its local socket too; or else TCP has to do.
+const NEXT_DOOR: Duration = Duration::from_secs(2);
+
+/// Connects, shakes hands, registers, asks what the storage is. `note` is told what takes long.
 pub(super) fn dial(
     address: &Address,
     options: &Options,
@@ -59,47 +66,82 @@ pub(super) fn dial(
 ) -> Result<Registered, DialError> {
     let deadline = Instant::now() + options.timers.handshake;
     let stream = Stream::connect(address, options.tls.as_deref(), deadline, cancelled)?;
-    let mut inbox = Inbox::default();
-    let mut patience = deadline.min(Instant::now() + GREETING);
-    let announced = loop {
-        if inbox.is_tls() {
-            return Err(DialError::SpeaksTls);
-        }
-        if let Some(frame) = inbox.next_frame()? {
-            break frame;
-        }
-        match stream.wait_readable(patience, cancelled) {
-            Err(error) if error.kind() == ErrorKind::TimedOut && patience < deadline => {
-                let hint = if options.tls.is_none() { "; it may want TLS (ssl)" } else { "" };
-                note(format!("{address}: connected, but the server says nothing{hint}"));
-                patience = deadline;
-                continue;
+    let attempt = Attempt { address, options, access, deadline, cancelled, note };
+    let registered = attempt.open(stream)?;
+    Ok(attempt.next_door(&registered).unwrap_or(registered))
+}
+
+/// What one attempt is about.
+struct Attempt<'a> {
+    address: &'a Address,
+    options: &'a Options,
+    access: Access,
+    deadline: Instant,
+    cancelled: &'a AtomicBool,
+    note: &'a dyn Fn(String),
+}
+
+impl Attempt<'_> {
+    /// Shakes hands, registers, asks.
+    fn open(&self, stream: Stream) -> Result<Registered, DialError> {
+        let Self { address, options, access, deadline, cancelled, note } = *self;
+        let mut inbox = Inbox::default();
+        let mut patience = deadline.min(Instant::now() + GREETING);
+        let announced = loop {
+            if inbox.is_tls() {
+                return Err(DialError::SpeaksTls);
             }
-            ready => ready?,
+            if let Some(frame) = inbox.next_frame()? {
+                break frame;
+            }
+            match stream.wait_readable(patience, cancelled) {
+                Err(error) if error.kind() == ErrorKind::TimedOut && patience < deadline => {
+                    let hint = if options.tls.is_none() { "; it may want TLS (ssl)" } else { "" };
+                    note(format!("{address}: connected, but the server says nothing{hint}"));
+                    patience = deadline;
+                    continue;
+                }
+                ready => ready?,
+            }
+            if inbox.fill(&stream, false)? == 0 {
+                return Err(stream
+                    .tls_closed()
+                    .map_or(DialError::Closed("without a word (does it want TLS?)"), |error| {
+                        DialError::Io(std::io::Error::other(error))
+                    }));
+            }
+        };
+        let encoding = wire::choose(&announced)?;
+        let mut out = BytesMut::new();
+        wire::put_frame(&mut out, encoding.protocol())?;
+        stream.write_all(&out, &mut || Ok(()))?;
+        let mut registered = Registered {
+            stream,
+            encoding,
+            inbox,
+            notices: Vec::new(),
+            info: Vec::new(),
+            offer: None,
+            server_tid: Tid::ZERO,
+            read_only: access == Access::ReadOnly,
+            next_id: 1,
+        };
+        registered.register(options, access, deadline, cancelled)?;
+        Ok(registered)
+    }
+
+    /// The same server over its local socket, if it offers one and can be reached there ([`local`]).
+    fn next_door(&self, registered: &Registered) -> Option<Registered> {
+        let offer = registered.offer.as_ref()?;
+        if registered.stream.client_here()? != offer.client {
+            return None;
         }
-        if inbox.fill(&stream, false)? == 0 {
-            return Err(stream
-                .tls_closed()
-                .map_or(DialError::Closed("without a word (does it want TLS?)"), |error| {
-                    DialError::Io(std::io::Error::other(error))
-                }));
-        }
-    };
-    let encoding = wire::choose(&announced)?;
-    let mut out = BytesMut::new();
-    wire::put_frame(&mut out, encoding.protocol())?;
-    stream.write_all(&out, &mut || Ok(()))?;
-    let mut registered = Registered {
-        stream,
-        encoding,
-        inbox,
-        notices: Vec::new(),
-        server_tid: Tid::ZERO,
-        read_only: access == Access::ReadOnly,
-        next_id: 1,
-    };
-    registered.register(options, access, deadline, cancelled)?;
-    Ok(registered)
+        let deadline = self.deadline.min(Instant::now() + NEXT_DOOR);
+        let opened = local::connect(&offer.name).map_err(DialError::from).and_then(|socket| {
+            Attempt { deadline, note: &|_| {}, ..*self }.open(registered.stream.beside(socket))
+        });
+        opened.inspect_err(|error| tracing::debug!(%error, "the server's local socket cannot be used")).ok()
+    }
 }
 
 impl Registered {
@@ -134,6 +176,11 @@ impl Registered {
             wire::encode_call(self.encoding, &MessageId::Seq(0), true, &call, &mut out)?;
             self.stream.write_all(&out, &mut || Ok(()))?;
         }
+        let Value::Dict(mut info) = self.call("get_info", &Call::GetInfo, deadline, cancelled)? else {
+            return Err(DialError::Unexpected("get_info"));
+        };
+        self.offer = LocalOffer::take(&mut info);
+        self.info = info;
         Ok(())
     }
 

@@ -14,8 +14,7 @@ use super::stream::Peer;
 use super::verify::verify;
 use super::{Client, Phase};
 use crate::net::Address;
-use crate::pickle::Value;
-use crate::wire::{Call, Notice};
+use crate::wire::Notice;
 
 /// While callers read for themselves the thread only looks in every so often, so that not every reply wakes it too:
 /// first after this long, ever more seldom while they go on.
@@ -193,11 +192,7 @@ impl Keeper {
         let client = self.client.clone();
         let deadline = Instant::now() + client.options.timers.handshake;
         let (tid, oids) = verify(&client, &mut registered, deadline)?;
-        let Value::Dict(info) = registered.call("get_info", &Call::GetInfo, deadline, &client.closing)?
-        else {
-            return Err(DialError::Unexpected("get_info"));
-        };
-        client.core.merge_info(info);
+        client.core.merge_info(std::mem::take(&mut registered.info));
         client.core.jump(tid, &oids);
         for notice in std::mem::take(&mut registered.notices) {
             // What `tid` covers has been verified.
@@ -290,6 +285,9 @@ impl Keeper {
             connection.fail(ClientError::disconnected("a writable server was found"));
         }
         connection.wait_for_reader();
+        if !client.is_closing() {
+            connection.tell_database();
+        }
         self.after_serving(since.elapsed());
         let reason = connection.reason().map_or_else(|| "closed".into(), |reason| reason.to_string());
         if !client.is_closing() {

@@ -16,6 +16,7 @@ use rustix::net::{RecvFlags, SendFlags};
 use socket2::{SockRef, TcpKeepalive};
 
 use super::race::connect_first;
+use crate::net::local::client_here;
 use crate::net::tls::{ClientSession, ClientTls, TlsError};
 use crate::net::{Address, Spin};
 
@@ -92,6 +93,19 @@ impl Stream {
             stream.start_tls(session, deadline, cancelled)?;
         }
         Ok(stream)
+    }
+
+    /// The own address, if this is TCP without TLS to a server of this machine.
+    pub(super) fn client_here(&self) -> Option<String> {
+        match &self.socket {
+            Socket::Tcp(socket) if self.tls.is_none() => client_here(socket.local_addr(), socket.peer_addr()),
+            _ => None,
+        }
+    }
+
+    /// Another one to the same server, shown as this one.
+    pub(super) fn beside(&self, socket: UnixStream) -> Self {
+        Self { socket: Socket::Unix(socket), tls: None, peer: self.peer.clone(), spin: Spin::default() }
     }
 
     fn start_tls(

@@ -61,8 +61,9 @@ impl fmt::Display for Address {
 }
 
 impl From<SocketAddr> for Address {
+    /// One of IPv4 that came to a socket of both families is shown as what it is.
     fn from(addr: SocketAddr) -> Self {
-        Self::tcp(addr.ip().to_string(), addr.port())
+        Self::tcp(addr.ip().to_canonical().to_string(), addr.port())
     }
 }
 

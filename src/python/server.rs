@@ -165,6 +165,7 @@ fn config_of(options: &Bound<'_, PyDict>) -> PyResult<ServerConfig> {
             "max_staged" => config.max_staged = value.extract()?,
             "max_cursors" => config.max_cursors = value.extract()?,
             "load_threads" => config.load_threads = value.extract()?,
+            "local_socket" => config.local_socket = value.is_truthy()?,
             "peer_timeout" => config.peer_timeout = seconds()?.unwrap_or(config.peer_timeout),
             "slow_operation" => config.slow_operation = seconds()?,
             "staging_memory" => config.staging_memory = value.extract()?,

@@ -26,6 +26,7 @@ use super::session::{Outcome, ReplyTo, Served, Session};
 use super::transaction::TemporaryFile;
 use crate::ids::{Oid, Tid};
 use crate::pickle::Value;
+use crate::storage::blob::RECEIVED;
 use crate::storage::{Storage, StorageError};
 use crate::wire::{Fault, Notice, TxnKey};
 
@@ -142,7 +143,7 @@ fn create_temporary(directory: &Path) -> io::Result<(File, TemporaryFile)> {
     static NEXT: AtomicU64 = AtomicU64::new(0);
     loop {
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
-        let path = directory.join(format!("zeo-{}-{number}.tmp", std::process::id()));
+        let path = directory.join(format!("zeo-{}-{number}{RECEIVED}", std::process::id()));
         match File::options().write(true).create_new(true).open(&path) {
             Ok(file) => return Ok((file, TemporaryFile(path))),
             // Left behind by a process of the same id.

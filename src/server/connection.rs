@@ -22,7 +22,7 @@ use tokio::time::{Sleep, sleep, sleep_until, timeout};
 
 use super::Shared;
 use super::blobs::BlobStream;
-use super::seat::{LOOK, Lost, Pace, Spot};
+use super::seat::{LOOK, Lost, Pace};
 use super::session::{HIGH_WATER, Session};
 use super::socket::OverSocket;
 use super::status;
@@ -37,11 +37,13 @@ const TURN: usize = 256 << 10;
 /// An output buffer larger than this is given back once it is sent.
 const KEEP: usize = 256 << 10;
 
-/// Serves one connection until it ends. Every end is logged once, with its reason.
+/// Serves one connection until it ends. Every end is logged once, with its reason. `is_local`: it came by the socket that clients of
+/// this machine are offered.
 pub(crate) async fn serve<S>(
     server: Arc<Shared>,
     mut socket: S,
     peer: String,
+    is_local: bool,
     mut stop: watch::Receiver<bool>,
 ) where
     S: AsyncRead + AsyncWrite + OverSocket + Unpin + Send + 'static,
@@ -77,6 +79,9 @@ pub(crate) async fn serve<S>(
         received,
         turn: 0,
     };
+    connection.session.is_local = is_local;
+    connection.session.client_here =
+        server.local_socket.as_ref().and_then(|_| connection.socket.socket().client_here());
     let reason = loop {
         match connection.run(&mut stop, Place::Shared).await {
             End::Move => {}
@@ -111,6 +116,9 @@ pub(crate) async fn serve<S>(
     match reason {
         End::Peer if session.registration.is_none() => {
             tracing::debug!(client, "connection without a client closed");
+        }
+        End::Peer if session.has_gone_local() => {
+            tracing::debug!(client, "client went on over the local socket")
         }
         End::Peer => tracing::info!(client, "client disconnected"),
         End::Server(reason) => match server.closings.spend(Instant::now()) {
@@ -200,7 +208,6 @@ impl<S: AsyncRead + AsyncWrite + OverSocket + Unpin + Send> Connection<S> {
         let mut pace = Pace::new(self.session.requests);
         self.session.owns_thread = place == Place::Seat;
         let spin = Spin::default();
-        let mut spot = (place == Place::Seat).then(|| Spot::new(self.session.requests.0));
         let mut moves = false;
         let mut look = pin!(sleep(LOOK));
         loop {
@@ -278,11 +285,6 @@ impl<S: AsyncRead + AsyncWrite + OverSocket + Unpin + Send> Connection<S> {
                 Transfer::Received(count) => {
                     session.count_traffic(count, 0);
                     *turn += count;
-                    if let Some(spot) = &mut spot {
-                        spot.received(session.requests.0, || {
-                            spin.fails().then(|| socket.socket().core()).flatten()
-                        });
-                    }
                 }
                 Transfer::Ended => return End::Peer,
                 Transfer::Read(buffer) => session.stream_on(buffer),

@@ -131,7 +131,19 @@ impl Server {
         for address in &addresses {
             tracing::info!(%address, "listening");
         }
-        let shared = Arc::new(Shared::new(config, hubs));
+        let mut local_socket = None;
+        if config.local_socket && config.tls.is_none() && listeners.iter().any(Listener::is_tcp) {
+            match sockets::listen_locally() {
+                Ok((listener, name)) => {
+                    listeners.push(listener);
+                    local_socket = Some(name);
+                }
+                Err(error) => {
+                    tracing::info!(%error, "clients of this machine stay with TCP, there is no local socket")
+                }
+            }
+        }
+        let shared = Arc::new(Shared::new(config, hubs, local_socket));
         if let Some(address) = &http_address {
             tracing::info!(%address, "listening for operators (HTTP)");
         }
@@ -306,6 +318,7 @@ async fn accept(
             accepted = acceptor.accept(shared.config.peer_timeout) => accepted,
             _ = stopped.wait_for(|stop| *stop) => return Ok(()),
         };
+        let is_local = acceptor.is_local();
         let (socket, peer) = match accepted {
             Ok(accepted) => accepted,
             Err(error) => {
@@ -319,7 +332,8 @@ async fn accept(
         };
         let Some(place) = Place::take(&shared) else {
             let limit = shared.config.max_connections;
-            if let Some(not_logged) = shared.refusals.spend(Instant::now()) {
+            // Who is here already, and stays with TCP, has not been turned away.
+            if !is_local && let Some(not_logged) = shared.refusals.spend(Instant::now()) {
                 tracing::warn!(client = %peer, limit, not_logged, "too many connections (max-connections), one refused");
             }
             continue;
@@ -329,11 +343,11 @@ async fn accept(
         connections.spawn(async move {
             match shared.config.tls.clone() {
                 // Each in a box of its own: a task has room for the largest of what it waits for, as long as it lives.
-                None => Box::pin(serve(shared, socket, peer, stopped)).await,
+                None => Box::pin(serve(shared, socket, peer, is_local, stopped)).await,
                 Some(tls) => {
                     let shaken = Box::pin(shake_hands(&shared, &tls, socket, &peer, stopped.clone())).await;
                     if let Some(stream) = shaken {
-                        Box::pin(serve(shared, stream, peer, stopped)).await;
+                        Box::pin(serve(shared, stream, peer, is_local, stopped)).await;
                     }
                 }
             }

@@ -109,6 +109,8 @@ pub struct ServerConfig {
     pub workers: Option<usize>,
     /// Connections that load without pause and may have a thread each.
     pub load_threads: usize,
+    /// Offer clients of this machine a Unix socket when they come over TCP without TLS.
+    pub local_socket: bool,
 }
 
 impl Default for ServerConfig {
@@ -140,6 +142,7 @@ impl Default for ServerConfig {
             checkpoint_interval: Duration::from_secs(300),
             workers: None,
             load_threads: 64,
+            local_socket: true,
         }
     }
 }
@@ -184,17 +187,23 @@ pub(crate) struct Shared {
     pub(crate) refused_packs: Budget,
     stopping: AtomicBool,
     pub(crate) seats: Seats,
+    /// Name of the socket that clients of this machine are offered.
+    pub(crate) local_socket: Option<String>,
+    /// Who has registered there and not yet left its first connection.
+    pub(crate) gone_local: AtomicUsize,
     /// Bytes of staged records in memory, of all transactions.
     pub(crate) staged_memory: Arc<AtomicUsize>,
 }
 
 impl Shared {
-    pub(crate) fn new(config: ServerConfig, hubs: Vec<Arc<Hub>>) -> Self {
+    pub(crate) fn new(config: ServerConfig, hubs: Vec<Arc<Hub>>, local_socket: Option<String>) -> Self {
         Self {
             slow: SlowLog::new(config.slow_operation),
             seats: Seats::new(config.load_threads),
             config,
             hubs,
+            local_socket,
+            gone_local: AtomicUsize::new(0),
             open: AtomicUsize::new(0),
             refusals: Budget::default(),
             closings: Budget::default(),
@@ -218,7 +227,7 @@ mod tests {
     #[test]
     fn a_place_is_free_again_however_its_connection_ends() {
         let config = ServerConfig { max_connections: 1, ..ServerConfig::default() };
-        let shared = Arc::new(Shared::new(config, Vec::new()));
+        let shared = Arc::new(Shared::new(config, Vec::new(), None));
         let panicked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
             let _place = Place::take(&shared).expect("the first");
             assert!(Place::take(&shared).is_none());

@@ -144,19 +144,22 @@ impl Session {
     pub(crate) fn get_info(&mut self, hub: &Arc<Hub>, to: &mut ReplyTo) -> Served {
         let storage = Arc::clone(&hub.storage);
         let capabilities = hub.capabilities.clone();
+        let offer = self.offer_local_socket();
         self.here_or_in_background(hub, to, move || {
             let interfaces = capabilities
                 .interfaces
                 .iter()
                 .map(|(module, name)| Value::Tuple(vec![module.as_str().into(), name.as_str().into()]));
-            Ok(Value::dict([
+            let info = [
                 ("length", storage.object_count().into()),
                 ("size", storage.size().into()),
                 ("name", storage.name().into()),
                 ("supportsUndo", capabilities.undo.into()),
                 ("supports_record_iternext", capabilities.record_iternext.into()),
                 ("interfaces", Value::Tuple(interfaces.collect())),
-            ]))
+            ];
+            let info = info.into_iter().map(|(key, value)| (key.into(), value));
+            Ok(Value::Dict(info.chain(offer).collect()))
         })
     }
 

@@ -78,7 +78,7 @@ impl Sim {
             references: Arc::new(RecordReferences),
         };
         let hub = Hub::start("1".into(), Arc::clone(&storage) as Arc<dyn Storage>, options).unwrap();
-        let shared = Arc::new(Shared::new(ServerConfig::default(), vec![Arc::clone(&hub)]));
+        let shared = Arc::new(Shared::new(ServerConfig::default(), vec![Arc::clone(&hub)], None));
         let runtime = Builder::new_current_thread().build().unwrap();
         let random = Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
         Self { random, runtime, storage, shared, hub, clients: Vec::new(), published: Vec::new(), checked: 0 }

@@ -1,9 +1,9 @@
 //! Seats: threads for connections that do nothing but load, one each.
 //!
-//! A thread that serves one client can be on that client's core ([`Spot`]): waking each other then takes no interrupt between
-//! cores, which the shared runtime, whose few threads take turns at one `epoll`, pays for about every second request. With 8
-//! processes that load on two cores that is a fifth of all CPU time (docs/performance.md), with one, on a machine that has nothing
-//! else to do, more than half of the time of a load.
+//! The threads of the shared runtime take turns at one `epoll`, so the one that has just answered a client is seldom the one that
+//! the client's next request wakes. A client and a thread of its own wake each other: the system keeps such pairs together, and with 8
+//! processes that load on two cores that is a fifth of all CPU time (docs/performance.md); where a core is idle, the thread may
+//! ask its socket without sleeping ([`crate::net::Spin`]), which with one process is more than half of the time of a load.
 //! Everything else is better off in the shared runtime: it handles many connections per wake-up, so idle ones, those that
 //! hear of commits and those that commit stay there.
 //!
@@ -19,7 +19,6 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 use tokio::runtime::{self, Handle};
 use tokio::sync::oneshot;
 
@@ -29,8 +28,6 @@ const RUN: u64 = 64;
 const BUSY: Duration = Duration::from_millis(50);
 /// How often a connection that has a seat is asked whether it still needs it. Then it needs [`RUN`] loads.
 pub(crate) const LOOK: Duration = Duration::from_millis(100);
-/// After so many receipts a seat looks where its client is.
-const TURNS: u64 = 16;
 
 /// How many connections may have one.
 pub(crate) struct Seats(Arc<AtomicUsize>);
@@ -106,56 +103,6 @@ impl Seat {
     }
 }
 
-/// On which core the thread of a seat runs.
-///
-/// A client on this machine that waits for each answer takes turns with it: on one core, no interrupt to another one is
-/// needed to wake either, and if all cores are busy, none is left idle by that. If they are not, each is better off on a core of
-/// its own, where it asks for the next message without sleeping ([`crate::net::Spin`]). A client with several requests under way
-/// works beside its thread, and what comes from other machines may all be received by one core: these run anywhere.
-pub(crate) struct Spot {
-    /// Where the process may run.
-    allowed: Option<CpuSet>,
-    at: Option<usize>,
-    turns: u64,
-    loads: u64,
-}
-
-impl Spot {
-    /// Of the calling thread; `loads` were made so far.
-    pub(crate) fn new(loads: u64) -> Self {
-        Self { allowed: sched_getaffinity(None).ok(), at: None, turns: 0, loads }
-    }
-
-    /// Something was received, after so many loads; every [`TURNS`] times `core` tells where the client is, if it is on this
-    /// machine. Costs a system call then, and two more if the thread has to go elsewhere.
-    pub(crate) fn received(&mut self, loads: u64, core: impl FnOnce() -> Option<usize>) {
-        self.turns += 1;
-        if self.turns < TURNS {
-            return;
-        }
-        let takes_turns = loads - self.loads <= TURNS + TURNS / 4;
-        (self.turns, self.loads) = (0, loads);
-        let core = if takes_turns { core() } else { None };
-        if core != self.at {
-            self.go(core);
-        }
-    }
-
-    fn go(&mut self, core: Option<usize>) {
-        let Some(allowed) = &self.allowed else { return };
-        self.at = core;
-        // That it may not run there, or no longer, does no harm.
-        let _ = match core {
-            Some(core) if core < CpuSet::MAX_CPU && allowed.is_set(core) => {
-                let mut there = CpuSet::new();
-                there.set(core);
-                sched_setaffinity(None, &there)
-            }
-            _ => sched_setaffinity(None, allowed),
-        };
-    }
-}
-
 /// How a connection has been used of late.
 pub(crate) struct Pace {
     since: Instant,
@@ -228,31 +175,6 @@ mod tests {
         drop(seat);
         assert!(seats.take().is_some());
         assert!(Seats::new(0).take().is_none());
-    }
-
-    #[test]
-    fn a_thread_is_where_its_client_is_unless_it_works_beside_it() {
-        let test = || {
-            let allowed = sched_getaffinity(None).expect("affinity");
-            let core = (0..CpuSet::MAX_CPU).find(|core| allowed.is_set(*core)).expect("a core");
-            let mut only = CpuSet::new();
-            only.set(core);
-            let mut spot = Spot::new(0);
-            let mut loads = 0;
-            let mut receive = |each: u64, core: Option<usize>| {
-                for _ in 0..TURNS {
-                    loads += each;
-                    spot.received(loads, || core);
-                }
-                sched_getaffinity(None).expect("affinity")
-            };
-            assert_eq!(receive(1, Some(core)), only);
-            assert_eq!(receive(3, Some(core)), allowed, "several requests under way");
-            assert_eq!(receive(1, Some(core)), only);
-            assert_eq!(receive(1, None), allowed, "on another machine");
-            assert_eq!(receive(1, Some(CpuSet::MAX_CPU - 1)), allowed, "not for us");
-        };
-        thread::spawn(test).join().expect("no panic");
     }
 
     #[tokio::test]

@@ -37,7 +37,8 @@ use crate::ids::{Oid, Tid};
 use crate::pickle::Value;
 use crate::storage::StorageError;
 use crate::wire::{
-    BadCall, Call, Encoding, Fault, MessageId, Notice, Request, encode_fault, encode_notice, encode_reply,
+    BadCall, Call, Encoding, Fault, LocalOffer, MessageId, Notice, Request, encode_fault, encode_notice,
+    encode_reply,
 };
 
 /// Worker threads that one client may keep busy; its further requests wait.
@@ -89,6 +90,12 @@ pub(crate) struct Session {
     pub(crate) owns_thread: bool,
     /// How many loads, and how many other calls, there were.
     pub(crate) requests: (u64, u64),
+    /// It came by the local socket.
+    pub(crate) is_local: bool,
+    /// Its client's address, if that is on this machine and may go on over the local socket.
+    pub(crate) client_here: Option<String>,
+    /// How many requests there had been when it was told so.
+    offered: Option<(u64, u64)>,
     pub(crate) txn: Option<Transaction>,
     pub(crate) votes: u64,
     /// Finishes on their way; they are not stopped any more.
@@ -127,6 +134,9 @@ impl Session {
             out: BytesMut::new(),
             owns_thread: false,
             requests: (0, 0),
+            is_local: false,
+            client_here: None,
+            offered: None,
             txn: None,
             votes: 0,
             committer_busy: 0,
@@ -148,6 +158,21 @@ impl Session {
     /// Name in log lines.
     pub(crate) fn who(&self) -> String {
         if self.label.is_empty() { self.peer.clone() } else { format!("{} ({})", self.peer, self.label) }
+    }
+
+    /// What `get_info` says of the local socket, to those for whom it is.
+    pub(crate) fn offer_local_socket(&mut self) -> Option<(Value, Value)> {
+        let (client, name) = (self.client_here.clone()?, self.server.local_socket.clone()?);
+        self.offered = Some(self.requests);
+        Some(LocalOffer { name, client }.into_pair())
+    }
+
+    /// At the end: whether its client has gone on over the local socket. One that has asked for nothing since that was offered, while
+    /// somebody registered there, counts as having; of several it does not matter which.
+    pub(crate) fn has_gone_local(&self) -> bool {
+        let one_less = |count: usize| count.checked_sub(1);
+        self.offered == Some(self.requests)
+            && self.server.gone_local.fetch_update(Ordering::Relaxed, Ordering::Relaxed, one_less).is_ok()
     }
 
     /// Nothing more is served or told; the connection ends. The first reason counts.
@@ -367,6 +392,9 @@ impl Session {
         self.registration = Some(registration);
         self.view = view;
         self.mailbox.introduce(&self.label, self.read_only);
+        if self.is_local {
+            self.server.gone_local.fetch_add(1, Ordering::Relaxed);
+        }
         tracing::info!(client = %self.peer, storage, read_only = self.read_only, "client registered");
         Ok(Outcome::Reply(view.into()))
     }

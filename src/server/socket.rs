@@ -6,10 +6,10 @@ use std::task::{Context, Poll};
 
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, recv};
-use socket2::SockRef;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpStream, UnixStream};
 
+use crate::net::local::client_here;
 use crate::net::tls::ServerStream;
 
 /// Either kind of socket.
@@ -38,12 +38,10 @@ impl Socket {
         *self = Self::Moving(moving.unwrap_or(Moving::Lost));
     }
 
-    /// The core on which its client runs, if that is on this machine: where what it sends is received. One system call,
-    /// and two more that look whether it is.
-    pub(crate) fn core(&self) -> Option<usize> {
+    /// The client's address, if it is a TCP one of this machine. Two system calls.
+    pub(crate) fn client_here(&self) -> Option<String> {
         let Self::Tcp(stream) = self else { return None };
-        let is_here = stream.peer_addr().ok()?.ip() == stream.local_addr().ok()?.ip();
-        is_here.then(|| SockRef::from(stream).cpu_affinity().ok()).flatten()
+        client_here(stream.peer_addr(), stream.local_addr())
     }
 
     /// Whether something has come, asking the system.

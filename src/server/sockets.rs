@@ -11,12 +11,14 @@ use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 
 use super::listener::ServerError;
 use super::socket::Socket;
-use crate::net::Address;
 use crate::net::activation::{Inherited, ListeningSocket};
+use crate::net::{Address, local};
 
 const BACKLOG: i32 = 1024;
 /// `FileDescriptorName` of a socket that is for operators.
 const HTTP: &str = "http";
+/// Stands for the path of the socket that clients of this machine are offered; no listed address can be the same, which has a slash.
+const LOCAL: &str = "local";
 
 pub(super) enum Listener {
     Tcp(std::net::TcpListener),
@@ -71,6 +73,10 @@ pub(super) fn inherited_http(
 }
 
 impl Listener {
+    pub(super) fn is_tcp(&self) -> bool {
+        matches!(self, Self::Tcp(_))
+    }
+
     pub(super) fn inherited(socket: ListeningSocket) -> io::Result<Self> {
         Ok(match socket {
             ListeningSocket::Tcp(listener) => Self::Tcp(listener),
@@ -82,6 +88,13 @@ impl Listener {
             }
         })
     }
+}
+
+/// The socket that clients of this machine are offered, with its name.
+pub(super) fn listen_locally() -> io::Result<(Listener, String)> {
+    let (listener, name) = local::listen()?;
+    // There is no file.
+    Ok((Listener::Unix(listener, SocketFile { path: LOCAL.into(), own: false }), name))
 }
 
 pub(super) fn listen(address: &Address) -> io::Result<(Vec<Listener>, Address)> {
@@ -189,6 +202,11 @@ pub(super) enum Acceptor {
 }
 
 impl Acceptor {
+    /// Whether this is the socket that clients of this machine are offered.
+    pub(super) fn is_local(&self) -> bool {
+        matches!(self, Self::Unix(_, file) if file.path == Path::new(LOCAL))
+    }
+
     /// Needs a runtime.
     pub(super) fn new(listener: Listener) -> io::Result<Self> {
         Ok(match listener {

@@ -20,6 +20,7 @@ mod fast;
 pub mod fault;
 pub mod frame;
 pub mod handshake;
+mod local;
 mod msgpack;
 #[cfg(test)]
 mod proptests;
@@ -34,6 +35,7 @@ pub use codec::{
 pub use fault::FaultKind;
 pub use frame::{FrameReader, put_frame, put_frame_with};
 pub use handshake::{ClientHello, choose};
+pub use local::LocalOffer;
 pub use reply::{Fault, Notice, ServerMessage};
 
 use crate::pickle::PickleError;

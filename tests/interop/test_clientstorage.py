@@ -602,7 +602,7 @@ def test_blobs(shared, tmp_path):
                 manager.commit()
             manager.abort()
             conn.close()
-            found = [name for _, _, names in os.walk(directory) for name in names if ".tmp" in name]
+            found = [name for _, _, names in os.walk(directory) for name in names if name.endswith((".tmp", ".received"))]
             assert found == []
         if not shared:
             options["blob_dir"] = str(tmp_path / "others")

@@ -370,7 +370,7 @@ def sockets_of(port):
 @pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="Linux only")
 def test_both_ends_have_the_kernel_look_for_dead_peers_and_send_small_messages_at_once():
     """A half-open connection is found by probes and unacknowledged data; requests do not wait for acknowledgements."""
-    server = _zeo.Server([("127.0.0.1", 0)], [("1", MappingStorage())])
+    server = _zeo.Server([("127.0.0.1", 0)], [("1", MappingStorage())], {"local_socket": False})
     storage = zeo_rs.ClientStorage(server.address, wait_timeout=START)
     try:
         storage.ping()

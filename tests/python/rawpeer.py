@@ -9,11 +9,13 @@ PATIENCE = 30
 
 
 class Raw:
-    def __init__(self, address, register=True):
+    def __init__(self, address, register=True, wrap=None):
         family = socket.AF_UNIX if isinstance(address, str) else socket.AF_INET
         self.socket = socket.socket(family, socket.SOCK_STREAM)
         self.socket.settimeout(PATIENCE)
         self.socket.connect(address)
+        if wrap is not None:
+            self.socket = wrap(self.socket)
         self.stream = self.socket.makefile("rb")
         self.last_id = 0
         self.greeting = self.frame()

@@ -13,6 +13,7 @@ import time
 import pytest
 import ZODB
 from rawpeer import Raw
+from test_server import wait_until
 
 import zeo_rs
 from zeo_rs import _zeo
@@ -43,6 +44,8 @@ def use(server, label):
     db = ZODB.DB(zeo_rs.ClientStorage(server.address, client_label=label))
     with db.transaction() as connection:
         connection.root()['x'] = 1
+    # It came over TCP, and the server need not have noticed yet that it left that.
+    wait_until(lambda: len(json.loads(get(server, '/status.json')[2])['storages']['1']['clients']) == 1)
     return db
 
 

@@ -192,6 +192,25 @@ def test_a_label_is_short_and_one_line_and_no_flood(tmp_path):
     assert 1 <= log.count("flood") + log.count("duplicate tpc_begin") <= 10
 
 
+def received(tmp_path):
+    """The files of uploads."""
+    return [name for name in os.listdir(tmp_path / "blobs" / "tmp") if name.endswith(".received")]
+
+
+def test_what_a_killed_server_was_receiving_is_removed_at_the_next_start(tmp_path):
+    storage = f"<filestorage>\n  path {tmp_path}/Data.fs\n  blob-dir {tmp_path}/blobs\n</filestorage>"
+    with serving(tmp_path, storage=storage) as server, Raw(server.address) as peer:
+        peer.cast("tpc_begin", 1, b"", b"", {}, None, " ")
+        peer.cast("storeBlobStart")
+        peer.cast("storeBlobChunk", b"x" * 3_000_000)
+        wait_until(lambda: received(tmp_path))
+        server.process.kill()
+        server.process.wait(30)
+    assert received(tmp_path)
+    with serving(tmp_path, storage=storage):
+        assert received(tmp_path) == []
+
+
 def test_blobs_are_taken_for_transactions_of_clients_that_may_write_only(tmp_path):
     storage = f"<filestorage>\n  path {tmp_path}/Data.fs\n  blob-dir {tmp_path}/blobs\n</filestorage>"
     with serving(tmp_path, storage=storage) as server:
@@ -204,7 +223,7 @@ def test_blobs_are_taken_for_transactions_of_clients_that_may_write_only(tmp_pat
             reader.call("register", "1", True)
             with pytest.raises(RuntimeError, match="ReadOnlyError"):
                 reader.call("storeBlobStart")
-        assert [name for name in os.listdir(tmp_path / "blobs" / "tmp") if name.endswith(".tmp")] == []
+        assert received(tmp_path) == []
         log = log_of(server, tmp_path)
     assert "storeBlobStart without tpc_begin" in log
 

@@ -4,8 +4,8 @@
 
 #![allow(clippy::unwrap_used)] // helpers of tests
 
-use std::io::{Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::io::{ErrorKind, Read, Write};
+use std::net::TcpListener;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
@@ -126,9 +126,15 @@ struct FakeServer {
     encoding: Encoding,
 }
 
+/// Either kind of socket.
+trait Socket: Read + Write + Send {}
+impl<S: Read + Write + Send> Socket for S {}
+
 /// The server's end of one connection.
 struct Peer {
-    socket: TcpStream,
+    socket: Box<dyn Socket>,
+    /// The client's address; empty over a Unix socket.
+    client: String,
     frames: FrameReader,
     received: BytesMut,
     encoding: Encoding,
@@ -148,33 +154,38 @@ impl FakeServer {
 
     /// The next connection, after the handshake.
     fn accept(&self) -> Peer {
-        let (socket, _) = self.listener.accept().unwrap();
+        let (socket, client) = self.listener.accept().unwrap();
         socket.set_read_timeout(Some(PATIENCE)).unwrap();
         socket.set_nodelay(true).unwrap();
-        let mut peer = Peer {
-            socket,
-            frames: FrameReader::new(128 << 20),
-            received: BytesMut::new(),
-            encoding: self.encoding,
-        };
-        let mut out = BytesMut::new();
-        put_frame(&mut out, self.encoding.protocol()).unwrap();
-        peer.write(&out);
-        let hello = peer.frame().expect("a handshake");
-        assert_eq!(ClientHello::parse(&hello).unwrap(), ClientHello::Speak(self.encoding));
-        peer
+        Peer::greet(socket, client.to_string(), self.encoding)
     }
 
     /// The next connection, registered and told about the storage.
     fn serve(&self, last_tid: Tid) -> Peer {
         let mut peer = self.accept();
         peer.register(last_tid);
-        peer.get_info();
         peer
     }
 }
 
 impl Peer {
+    /// Shakes hands.
+    fn greet(socket: impl Socket + 'static, client: String, encoding: Encoding) -> Self {
+        let mut peer = Self {
+            socket: Box::new(socket),
+            client,
+            frames: FrameReader::new(128 << 20),
+            received: BytesMut::new(),
+            encoding,
+        };
+        let mut out = BytesMut::new();
+        put_frame(&mut out, encoding.protocol()).unwrap();
+        peer.write(&out);
+        let hello = peer.frame().expect("a handshake");
+        assert_eq!(ClientHello::parse(&hello).unwrap(), ClientHello::Speak(encoding));
+        peer
+    }
+
     fn write(&mut self, bytes: &[u8]) {
         // The client may have given up: that is for the test to notice elsewhere.
         let _ = self.socket.write_all(bytes);
@@ -187,6 +198,7 @@ impl Peer {
             }
             let mut chunk = [0; 4096];
             match self.socket.read(&mut chunk) {
+                Err(error) if error.kind() == ErrorKind::WouldBlock => panic!("neither a frame nor the end"),
                 Ok(0) | Err(_) => return None,
                 Ok(count) => self.received.extend_from_slice(&chunk[..count]),
             }
@@ -212,14 +224,28 @@ impl Peer {
         }
     }
 
+    /// Answers what a client asks first.
     fn register(&mut self, last_tid: Tid) {
         let id = self.expect(|call| matches!(call, Call::Register { .. }));
         self.reply(&id, &tid_value(last_tid));
+        self.get_info();
+    }
+
+    /// The same, with the offer of a local socket.
+    fn register_and_offer(&mut self, last_tid: Tid, offer: Value) {
+        let id = self.expect(|call| matches!(call, Call::Register { .. }));
+        self.reply(&id, &tid_value(last_tid));
+        self.answer_info(Some(("zeo_rs_local".into(), offer)));
     }
 
     fn get_info(&mut self) {
+        self.answer_info(None);
+    }
+
+    fn answer_info(&mut self, more: Option<(Value, Value)>) {
         let id = self.expect(|call| matches!(call, Call::GetInfo));
-        self.reply(&id, &Value::Dict(vec![(Value::Str("length".into()), Value::Int(7))]));
+        let info = std::iter::once(("length".into(), Value::Int(7))).chain(more);
+        self.reply(&id, &Value::Dict(info.collect()));
     }
 
     fn reply(&mut self, id: &MessageId, value: &Value) {
@@ -353,6 +379,117 @@ fn the_last_tid_waits_for_the_database() {
         peer.reply(&id, &Value::None);
         ping.join().unwrap().unwrap();
         assert_eq!(test.client.last_tid(), Tid(12));
+    });
+}
+
+/// A database that takes its time holds up no load, but everything from which one could learn what it has not been told.
+#[test]
+fn a_load_does_not_wait_for_the_database() {
+    for encoding in BOTH {
+        let server = FakeServer::new(encoding);
+        let (entered_tx, entered) = channel();
+        let (leave, leave_rx) = channel::<()>();
+        let leave_rx = Mutex::new(leave_rx);
+        std::thread::scope(|scope| {
+            let peer = scope.spawn(|| server.serve(Tid(10)));
+            let hook = Box::new(move |told: &Told| {
+                if matches!(told, Told::Invalidate(Tid(12), _)) {
+                    entered_tx.send(()).unwrap();
+                    leave_rx.lock().unwrap().recv().unwrap();
+                }
+            });
+            let test = TestClient::with_hook(server.options(), hook);
+            test.client.wait_connected(PATIENCE).unwrap();
+            let mut peer = peer.join().unwrap();
+            let load = |oid, before| {
+                let client = test.client.clone();
+                scope.spawn(move || client.load_before(oid, before).unwrap().unwrap())
+            };
+            let loads = |call: &Call| matches!(call, Call::LoadBefore { .. });
+
+            // Two transactions, and behind them the answer to a load: who waits for it does not wait for the database.
+            let old = load(Oid(7), Tid(11));
+            peer.expect(loads);
+            let mut bytes = peer.invalidation_bytes(Tid(12), &[Oid(1)]);
+            bytes.extend_from_slice(&peer.invalidation_bytes(Tid(13), &[Oid(2)]));
+            bytes.extend_from_slice(&peer.loaded_bytes(Oid(7), Tid(11), b"old", Tid(5), None));
+            peer.write(&bytes);
+            let loaded = old.join().unwrap();
+            assert_eq!((&loaded.data[..], loaded.tid), (&b"old"[..], Tid(5)));
+            entered.recv_timeout(PATIENCE).unwrap();
+            assert_eq!(test.client.last_tid(), Tid(10), "the database is still being told");
+
+            // One answer that shows the new transaction, one that shows its end of the old revision, and a barrier.
+            let newer = load(Oid(2), Tid(14));
+            peer.expect(loads);
+            let ended = load(Oid(4), Tid(11));
+            peer.expect(loads);
+            let client = test.client.clone();
+            let ping = scope.spawn(move || client.read("ping", &Call::Ping));
+            let id = peer.expect(|call| matches!(call, Call::Ping));
+            let mut bytes = peer.loaded_bytes(Oid(4), Tid(11), b"ended", Tid(5), Some(Tid(13)));
+            bytes.extend_from_slice(&peer.loaded_bytes(Oid(2), Tid(14), b"new", Tid(13), None));
+            encode_reply(encoding, &id, &Value::None, &mut bytes).unwrap();
+            peer.write(&bytes);
+            // Time for a mistake to show: a hit is answered all the while.
+            let since = Instant::now();
+            while since.elapsed() < Duration::from_millis(50) {
+                assert!(test.client.load_cached(Oid(7), Tid(11)).is_some());
+            }
+            assert!(!ended.is_finished() && !newer.is_finished() && !ping.is_finished());
+            assert_eq!(test.client.last_tid(), Tid(10));
+            leave.send(()).unwrap();
+            ping.join().unwrap().unwrap();
+            assert_eq!(test.client.last_tid(), Tid(13));
+            assert_eq!(ended.join().unwrap().end_tid, Some(Tid(13)));
+            assert_eq!(newer.join().unwrap().tid, Tid(13));
+            let told: Vec<Told> = test
+                .told
+                .try_iter()
+                .filter(|told| matches!(told, Told::Invalidate(tid, _) if *tid > Tid(10)))
+                .collect();
+            assert_eq!(
+                told,
+                [Told::Invalidate(Tid(12), vec![Oid(1)]), Told::Invalidate(Tid(13), vec![Oid(2)])]
+            );
+        });
+    }
+}
+
+/// What was read before the connection was lost is told before the next one is used.
+#[test]
+fn the_database_is_told_what_was_read_before_a_disconnect() {
+    let server = FakeServer::new(Encoding::Msgpack);
+    let (entered_tx, entered) = channel();
+    let (leave, leave_rx) = channel::<()>();
+    let leave_rx = Mutex::new(leave_rx);
+    std::thread::scope(|scope| {
+        let peer = scope.spawn(|| server.serve(Tid(10)));
+        let hook = Box::new(move |told: &Told| {
+            if matches!(told, Told::Invalidate(Tid(12), _)) {
+                entered_tx.send(()).unwrap();
+                leave_rx.lock().unwrap().recv().unwrap();
+            }
+        });
+        let test = TestClient::with_hook(server.options(), hook);
+        test.client.wait_connected(PATIENCE).unwrap();
+        let mut peer = peer.join().unwrap();
+        let client = test.client.clone();
+        let loading = scope.spawn(move || client.load_before(Oid(7), Tid(11)).unwrap().unwrap());
+        peer.expect(|call| matches!(call, Call::LoadBefore { .. }));
+        let mut bytes = peer.invalidation_bytes(Tid(12), &[Oid(1)]);
+        bytes.extend_from_slice(&peer.invalidation_bytes(Tid(13), &[Oid(2)]));
+        bytes.extend_from_slice(&peer.loaded_bytes(Oid(7), Tid(11), b"old", Tid(5), None));
+        peer.write(&bytes);
+        loading.join().unwrap();
+        entered.recv_timeout(PATIENCE).unwrap();
+        drop(peer);
+        leave.send(()).unwrap();
+        let _peer = server.serve(Tid(13));
+        test.wait_told(|told| *told == Told::Invalidate(Tid(13), vec![Oid(2)]));
+        test.wait_told(|told| *told == Told::Connected(2));
+        test.client.wait_connected(PATIENCE).unwrap();
+        assert_eq!(test.client.last_tid(), Tid(13));
     });
 }
 
@@ -609,12 +746,11 @@ fn the_cache_is_verified_after_a_reconnect() {
             let mut peer = server.accept();
             peer.register(Tid(15));
             let id = peer.expect(|call| matches!(call, Call::GetInvalidations { tid: Tid(10) }));
-            // Between the answer and the end of the verification: one that the answer covers, one that it does not.
-            peer.reply(&id, &answer);
+            // While it verifies: one that the answer covers, one that it does not.
             let mut more = peer.invalidation_bytes(Tid(15), &[Oid(1)]);
             more.extend_from_slice(&peer.invalidation_bytes(Tid(16), &[Oid(3)]));
             peer.write(&more);
-            peer.get_info();
+            peer.reply(&id, &answer);
             test.client.wait_connected(PATIENCE).unwrap();
             assert_eq!(test.client.last_tid(), Tid(16));
             let cached = [Oid(1), Oid(2)].map(|oid| test.client.load_cached(oid, Tid(17)).is_some());
@@ -956,7 +1092,6 @@ fn a_verification_that_is_cut_off_is_made_again() {
         let id = peer.expect(|call| matches!(call, Call::GetInvalidations { tid: Tid(10) }));
         let changed = Value::List(vec![oid_value(Oid(1)), oid_value(Oid(2))]);
         peer.reply(&id, &Value::Tuple(vec![tid_value(Tid(17)), changed]));
-        peer.get_info();
         test.client.wait_connected(PATIENCE).unwrap();
         assert_eq!(test.client.last_tid(), Tid(17));
         assert_eq!(test.client.load_cached(Oid(1), Tid(18)), None);
@@ -975,13 +1110,13 @@ fn a_connection_that_came_too_late_is_not_heard() {
         let mut used = servers[0].accept();
         let mut late = late.join().unwrap();
         used.register(Tid(10));
-        used.get_info();
         test.client.wait_connected(PATIENCE).unwrap();
         let mut both = BytesMut::new();
         let id = late.expect(|call| matches!(call, Call::Register { .. }));
         encode_reply(late.encoding, &id, &tid_value(Tid(20)), &mut both).unwrap();
         both.extend_from_slice(&late.invalidation_bytes(Tid(99), &[Oid(1)]));
         late.write(&both);
+        late.get_info();
         late.wait_closed();
         let client = test.client.clone();
         let ping = scope.spawn(move || client.read("ping", &Call::Ping));
@@ -1111,27 +1246,32 @@ fn open_cached(
     let changed = changed.iter().map(|&oid| oid_value(Oid(oid))).collect();
     let invalidations = Value::Tuple(vec![tid_value(Tid(70)), Value::List(changed)]);
     let mut found = found.iter();
-    loop {
-        let (id, call) = peer.call().expect("a call");
-        match call {
-            Call::LoadSerial { oid, serial } => {
-                let &(of, at, data) = found.next().expect("no more is asked for");
-                assert_eq!((oid, serial), (Oid(of), Tid(at)));
-                match data {
-                    Some(data) => peer.reply(&id, &Value::Bytes(Bytes::copy_from_slice(data))),
-                    None => peer.fault(&id, "ZODB.POSException.POSKeyError", Value::Tuple(Vec::new())),
+    let mut serve = || {
+        loop {
+            let (id, call) = peer.call().expect("a call");
+            match call {
+                Call::LoadSerial { oid, serial } => {
+                    let &(of, at, data) = found.next().expect("no more is asked for");
+                    assert_eq!((oid, serial), (Oid(of), Tid(at)));
+                    match data {
+                        Some(data) => peer.reply(&id, &Value::Bytes(Bytes::copy_from_slice(data))),
+                        None => peer.fault(&id, "ZODB.POSException.POSKeyError", Value::Tuple(Vec::new())),
+                    }
                 }
+                Call::GetInvalidations { tid: Tid(60) } => peer.reply(&id, &invalidations),
+                Call::Ping => return peer.reply(&id, &Value::None),
+                other => panic!("unexpected {other:?}"),
             }
-            Call::GetInvalidations { tid: Tid(60) } => peer.reply(&id, &invalidations),
-            Call::GetInfo => {
-                peer.reply(&id, &Value::Dict(Vec::new()));
-                break;
-            }
-            other => panic!("unexpected {other:?}"),
         }
-    }
+    };
+    std::thread::scope(|scope| {
+        let serving = scope.spawn(&mut serve);
+        client.wait_connected(PATIENCE).unwrap();
+        // The last call.
+        client.read("ping", &Call::Ping).unwrap();
+        serving.join().unwrap();
+    });
     assert!(found.next().is_none(), "more should have been asked for");
-    client.wait_connected(PATIENCE).unwrap();
     (client, peer)
 }
 
@@ -1182,5 +1322,253 @@ fn a_cache_of_another_database_is_moved_aside() {
         assert!(client.cache().is_empty() && client.last_tid() == Tid(70));
         client.close();
         assert!(path.with_extension("aside").exists());
+    }
+}
+
+/// Servers that offer a client of their machine a Unix socket in their answer to `get_info`.
+#[cfg(target_os = "linux")]
+mod local {
+    use std::os::linux::net::SocketAddrExt;
+    use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
+
+    use socket2::SockRef;
+
+    use super::*;
+
+    /// A listening socket with an abstract name of its own.
+    struct Local {
+        listener: UnixListener,
+        name: String,
+    }
+
+    impl Local {
+        fn new() -> Self {
+            static COUNT: AtomicUsize = AtomicUsize::new(0);
+            let number = COUNT.fetch_add(1, Ordering::Relaxed);
+            let name = format!("zeo-rs-test-{}-{number}", std::process::id());
+            let address = SocketAddr::from_abstract_name(name.as_bytes()).unwrap();
+            let listener = UnixListener::bind_addr(&address).unwrap();
+            // Of `accept` too.
+            SockRef::from(&listener).set_read_timeout(Some(PATIENCE)).unwrap();
+            Self { listener, name }
+        }
+
+        fn accept(&self) -> UnixStream {
+            let (socket, _) = self.listener.accept().expect("the client comes");
+            socket.set_read_timeout(Some(PATIENCE)).unwrap();
+            socket
+        }
+
+        fn has_been_left_alone(&self) -> bool {
+            self.listener.set_nonblocking(true).unwrap();
+            self.listener.accept().is_err_and(|error| error.kind() == ErrorKind::WouldBlock)
+        }
+
+        fn offer(&self, client: &str) -> Value {
+            offer(&self.name, client)
+        }
+    }
+
+    fn offer(name: &str, client: &str) -> Value {
+        Value::Tuple(vec![name.into(), client.into()])
+    }
+
+    /// The client's calls come here.
+    fn ping(client: &Client, peer: &mut Peer) {
+        std::thread::scope(|scope| {
+            let ping = scope.spawn(|| client.read("ping", &Call::Ping));
+            let id = peer.expect(|call| matches!(call, Call::Ping));
+            peer.reply(&id, &Value::None);
+            ping.join().unwrap().unwrap();
+        });
+    }
+
+    #[test]
+    fn calls_go_over_the_local_socket() {
+        for encoding in BOTH {
+            let (server, local, another) = (FakeServer::new(encoding), Local::new(), Local::new());
+            std::thread::scope(|scope| {
+                let peers = scope.spawn(|| {
+                    let mut tcp = server.accept();
+                    tcp.register_and_offer(Tid(10), local.offer(&tcp.client));
+                    let mut peer = Peer::greet(local.accept(), String::new(), encoding);
+                    // Nobody goes on from there, whatever else is offered.
+                    peer.register_and_offer(Tid(12), another.offer(&tcp.client));
+                    (tcp, peer)
+                });
+                let test = TestClient::open(server.options());
+                test.client.wait_connected(PATIENCE).unwrap();
+                let (mut tcp, mut peer) = peers.join().unwrap();
+                tcp.wait_closed();
+                assert_eq!(test.client.last_tid(), Tid(12), "as the connection has it that is used");
+                ping(&test.client, &mut peer);
+                test.wait_told(|told| *told == Told::Connected(1));
+                // Shown as what was asked for: names of storages and `sortKey` are made of it.
+                let session = test.client.session().unwrap();
+                let port = server.listener.local_addr().unwrap().port();
+                assert_eq!((&session.host[..], session.port), ("127.0.0.1", Some(port)));
+
+                // The next connection begins where every one does.
+                drop(peer);
+                let mut tcp = server.serve(Tid(12));
+                test.wait_told(|told| *told == Told::Connected(2));
+                test.client.wait_connected(PATIENCE).unwrap();
+                ping(&test.client, &mut tcp);
+                assert!(another.has_been_left_alone());
+            });
+        }
+    }
+
+    /// The second connection asks for the same as the first.
+    #[test]
+    fn access_and_label_are_the_same_over_the_local_socket() {
+        fn serve(peer: &mut Peer, offer: Option<Value>) {
+            let register = |read_only| Call::Register { storage: "main".into(), read_only };
+            let id = peer.expect(|call| *call == register(false));
+            peer.fault(&id, "ZODB.POSException.ReadOnlyError", Value::Tuple(Vec::new()));
+            let id = peer.expect(|call| *call == register(true));
+            peer.reply(&id, &tid_value(Tid(10)));
+            let (_, call) = peer.call().unwrap();
+            assert_eq!(call, Call::SetClientLabel { label: "web 7".into() });
+            peer.answer_info(offer.map(|offer| ("zeo_rs_local".into(), offer)));
+        }
+
+        let (server, local) = (FakeServer::new(Encoding::Msgpack), Local::new());
+        std::thread::scope(|scope| {
+            let mut options = server.options();
+            options.access = Access::Fallback;
+            options.storage = "main".into();
+            options.label = Some("web 7".into());
+            let peers = scope.spawn(|| {
+                let mut tcp = server.accept();
+                let offer = local.offer(&tcp.client);
+                serve(&mut tcp, Some(offer));
+                let mut peer = Peer::greet(local.accept(), String::new(), server.encoding);
+                serve(&mut peer, None);
+                (tcp, peer)
+            });
+            let test = TestClient::open(options);
+            test.client.wait_connected(PATIENCE).unwrap();
+            let (_tcp, mut peer) = peers.join().unwrap();
+            assert!(test.client.is_read_only());
+            ping(&test.client, &mut peer);
+        });
+    }
+
+    /// Nobody there, somebody else's, nonsense: the client stays where it is, and looks nowhere else.
+    #[test]
+    fn who_is_offered_nothing_useful_stays_with_tcp() {
+        let local = Local::new();
+        let name = || Value::from(&local.name[..]);
+        let offers: [&(dyn Fn(&str) -> Value + Sync); 13] = [
+            &|client| offer("zeo-rs-test-nobody", client),
+            &|client| offer("", client),
+            &|client| offer(&"n".repeat(1000), client),
+            // As behind a proxy: the server sees another client.
+            &|_| local.offer("127.0.0.1:1"),
+            &|_| local.offer(""),
+            &|client| local.offer(&format!("{client} ")),
+            &|client| local.offer(&client.replace("127.0.0.1", "localhost")),
+            &|_| Value::None,
+            &|_| name(),
+            &|_| Value::Tuple(vec![name()]),
+            &|client| Value::Tuple(vec![name(), client.into(), Value::None]),
+            &|client| Value::Tuple(vec![name(), Value::Bytes(client.to_owned().into())]),
+            &|client| Value::Dict(vec![(name(), client.into())]),
+        ];
+        for (encoding, offer) in BOTH.into_iter().flat_map(|encoding| offers.map(|offer| (encoding, offer))) {
+            let server = FakeServer::new(encoding);
+            std::thread::scope(|scope| {
+                let peer = scope.spawn(|| {
+                    let mut peer = server.accept();
+                    let offer = offer(&peer.client);
+                    peer.register_and_offer(Tid(10), offer);
+                    peer
+                });
+                let test = TestClient::open(server.options());
+                test.client.wait_connected(PATIENCE).unwrap();
+                ping(&test.client, &mut peer.join().unwrap());
+            });
+        }
+        assert!(local.has_been_left_alone());
+    }
+
+    /// What is no server, or not this one, is left again, at once.
+    #[test]
+    fn a_local_socket_that_does_not_register_is_left_again() {
+        fn greets_with(mut socket: UnixStream, protocol: &[u8]) -> UnixStream {
+            let mut out = BytesMut::new();
+            put_frame(&mut out, protocol).unwrap();
+            let _ = socket.write_all(&out);
+            socket
+        }
+        fn register(socket: UnixStream) -> (Peer, MessageId) {
+            let mut peer = Peer::greet(socket, String::new(), Encoding::Msgpack);
+            let id = peer.expect(|call| matches!(call, Call::Register { .. }));
+            (peer, id)
+        }
+        let cases: [fn(UnixStream); 5] = [
+            drop,
+            |socket| drop(greets_with(socket, b"SSH-2.0-x").read(&mut [0; 100])),
+            |socket| drop(register(socket)),
+            |socket| {
+                let (mut peer, id) = register(socket);
+                let text = Value::Str("unknown storage: 1".into());
+                peer.fault(&id, "builtins.ValueError", Value::Tuple(vec![text]));
+                peer.wait_closed();
+            },
+            |socket| {
+                let (mut peer, id) = register(socket);
+                peer.reply(&id, &tid_value(Tid(10)));
+                let id = peer.expect(|call| matches!(call, Call::GetInfo));
+                peer.reply(&id, &Value::Int(5));
+                peer.wait_closed();
+            },
+        ];
+        for case in cases {
+            let (server, local) = (FakeServer::new(Encoding::Msgpack), Local::new());
+            std::thread::scope(|scope| {
+                let peer = scope.spawn(|| {
+                    let mut peer = server.accept();
+                    peer.register_and_offer(Tid(10), local.offer(&peer.client));
+                    case(local.accept());
+                    peer
+                });
+                let test = TestClient::open(server.options());
+                test.client.wait_connected(PATIENCE).unwrap();
+                let mut peer = peer.join().unwrap();
+                ping(&test.client, &mut peer);
+                assert_eq!(test.client.session().unwrap().generation, 1, "never disconnected");
+            });
+        }
+    }
+
+    /// It is given two seconds, not the time of a handshake; what the server says meanwhile is heard.
+    #[test]
+    fn a_local_socket_that_says_nothing_holds_nobody_up_for_long() {
+        let (server, local) = (FakeServer::new(Encoding::Msgpack), Local::new());
+        std::thread::scope(|scope| {
+            let mut options = server.options();
+            options.timers.handshake = PATIENCE;
+            let peers = scope.spawn(|| {
+                let mut peer = server.accept();
+                peer.register_and_offer(Tid(10), local.offer(&peer.client));
+                let silent = local.accept();
+                let meanwhile = peer.invalidation_bytes(Tid(11), &[Oid(1)]);
+                peer.write(&meanwhile);
+                (peer, silent)
+            });
+            let since = Instant::now();
+            let test = TestClient::open(options);
+            test.client.wait_connected(PATIENCE).unwrap();
+            let took = since.elapsed();
+            let (mut peer, mut silent) = peers.join().unwrap();
+            // A server that is busy should not lose its clients to TCP.
+            assert!((Duration::from_secs(1)..PATIENCE / 2).contains(&took), "{took:?}");
+            assert_eq!(silent.read(&mut [0; 100]).unwrap(), 0, "closed, without a word");
+            test.wait_told(|told| *told == Told::Invalidate(Tid(11), vec![Oid(1)]));
+            ping(&test.client, &mut peer);
+            assert_eq!(test.client.last_tid(), Tid(11));
+        });
     }
 }

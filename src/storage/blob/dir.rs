@@ -22,6 +22,8 @@ use crate::storage::{Owner, Result, StorageError};
 /// How the names of voted blob files end, and those of files that `zeo_rs.FileStorage` was given before the vote.
 const PREPARED: &str = ".prepared";
 const STAGED: &str = ".staged";
+/// Ends the names of files that a server is receiving.
+pub const RECEIVED: &str = ".received";
 
 /// A blob directory. Shared by all threads of a storage.
 #[derive(Debug)]
@@ -277,15 +279,15 @@ impl BlobDir {
         })
     }
 
-    /// Removes what transactions of processes that are gone have left in the temporary directory: files made here and by
-    /// `zeo_rs.FileStorage`, told by their names. Only for who holds the lock of the data file, so that nobody else can
+    /// Removes what transactions of processes that are gone have left in the temporary directory: files made here, by
+    /// `zeo_rs.FileStorage` and by a server, told by their names. Only for who holds the lock of the data file, so that nobody else can
     /// have such transactions. Files of others (clients that share the directory) stay. Answers how many.
     pub fn clean_temp(&self) -> Result<usize> {
         let mut removed = 0;
         for_each_entry(&self.temp_dir(), &mut |entry, is_dir| {
             let name = entry.file_name();
             let name = name.to_string_lossy();
-            let ours = name.ends_with(PREPARED) || name.ends_with(STAGED);
+            let ours = [PREPARED, STAGED, RECEIVED].iter().any(|end| name.ends_with(end));
             if !is_dir && ours && self.files.remove_file(&entry.path()).is_ok() {
                 removed += 1;
             }
@@ -491,11 +493,13 @@ mod tests {
         let temp = tempfile::tempdir().unwrap();
         let dir = BlobDir::open(&temp.path().join("blobs"), true).unwrap();
         let prepared = dir.prepare(&file(temp.path(), "x"), OID).unwrap();
-        let [staged, upload] = ["0a1b.staged", "BUCabcde"].map(|name| dir.temp_dir().join(name));
-        fs::write(&staged, "").unwrap();
-        fs::write(&upload, "").unwrap();
-        assert_eq!(dir.clean_temp().unwrap(), 2);
-        assert!(upload.exists() && !staged.exists() && !prepared.exists());
+        let [staged, received, upload] =
+            ["0a1b.staged", "zeo-1-0.received", "BUCabcde"].map(|name| dir.temp_dir().join(name));
+        for path in [&staged, &received, &upload] {
+            fs::write(path, "").unwrap();
+        }
+        assert_eq!(dir.clean_temp().unwrap(), 3);
+        assert!(upload.exists() && !staged.exists() && !received.exists() && !prepared.exists());
     }
 
     #[test]

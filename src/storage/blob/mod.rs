@@ -7,6 +7,6 @@ pub mod dir;
 pub mod layout;
 pub mod names;
 
-pub use dir::BlobDir;
+pub use dir::{BlobDir, RECEIVED};
 pub use layout::Layout;
 pub use names::{FileNames, OsFileNames};
