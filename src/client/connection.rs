@@ -12,8 +12,9 @@
 //! Invalidations end in a call of Python code, which must not run on a caller's thread (it may hold
 //! locks that the callback wants). Whoever reads one ends the revisions in the cache and leaves the rest to the background thread:
 //! to tell the database, then to move the last tid. Until that is done, reading goes on for load replies of which nobody can tell
-//! that it is not (nothing in them is younger than the last tid), so that a load need not wait for a thread switch and Python
-//! code because somebody else has committed. At any other message a leader stops; nothing behind it is touched before.
+//! that it is not (their revision is no younger than the last tid, and an end that is, is not shown), so that a load need not wait
+//! for a thread switch and Python code because somebody else has committed. At a younger revision, or an answer to anything else, a
+//! leader stops; nothing behind it is touched before.
 //!
 //! # Locks
 //! `shared` (who waits, who reads; held for a few instructions), `out` (what is to be sent; not held while one thread
@@ -47,8 +48,8 @@ const FLUSH_AT: usize = 64 << 10;
 const MAX_SENDS: usize = 16;
 /// A write buffer larger than this is given back after use.
 const KEEP_BUFFER: usize = 1 << 20;
-/// So many transactions may wait for the database to be told; then nothing more is read.
-const MAX_UNTOLD: usize = 1000;
+/// When what the database is still to be told takes so many bytes, nothing more is read.
+const MAX_UNTOLD: usize = 16 << 20;
 /// Waiters that are done are dropped from the queue when it gets this long.
 const WAITERS: usize = 64;
 
@@ -69,8 +70,10 @@ pub(super) struct Connection {
     inbox: Mutex<Inbox>,
     /// What the cache has been told and the database has not, by tid.
     untold: Mutex<VecDeque<(Tid, Vec<Oid>)>>,
-    /// How many; those that are just being told included. Raised under the lock of `inbox`.
-    untold_count: AtomicUsize,
+    /// Its bytes, what is just being told included. Raised under the lock of `inbox`.
+    untold_bytes: AtomicUsize,
+    /// The database is closed.
+    muted: AtomicBool,
 }
 
 /// What is to be sent.
@@ -156,7 +159,8 @@ impl Connection {
             written: Condvar::new(),
             inbox: Mutex::new(inbox),
             untold: Mutex::default(),
-            untold_count: AtomicUsize::new(0),
+            untold_bytes: AtomicUsize::new(0),
+            muted: AtomicBool::new(false),
         }
     }
 
@@ -302,6 +306,7 @@ impl Connection {
             self.write(buffer, true)?;
             buffer.clear();
             self.core.uploads.advance(length);
+            std::thread::yield_now();
         }
         encode(buffer, self.encoding, &MessageId::Seq(0), true, &upload.end)
     }
@@ -538,7 +543,8 @@ impl Connection {
                 while self.apply_ready(&mut inbox, true) {
                     self.tell_database();
                 }
-                if more != Filled::Full || self.is_dead() {
+                // A stream without a pause does not keep the database waiting.
+                if more != Filled::Full || self.is_dead() || self.is_untold() {
                     break;
                 }
                 more = self.fill(&mut inbox, true);
@@ -559,15 +565,20 @@ impl Connection {
 
     /// The second half of invalidations, in order. For the background thread, which no caller waits for with a lock of the database.
     pub(super) fn tell_database(&self) {
-        while self.is_untold() {
+        while self.is_untold() && !self.muted.load(Ordering::Relaxed) {
             let Some((tid, oids)) = self.untold().pop_front() else { return };
             self.core.tell(tid, &oids);
-            self.untold_count.fetch_sub(1, Ordering::Release);
+            self.untold_bytes.fetch_sub(weight(&oids), Ordering::Release);
         }
     }
 
+    /// From now on the database is told nothing.
+    pub(super) fn mute(&self) {
+        self.muted.store(true, Ordering::Relaxed);
+    }
+
     fn is_untold(&self) -> bool {
-        self.untold_count.load(Ordering::Acquire) > 0
+        self.untold_bytes.load(Ordering::Acquire) > 0
     }
 
     /// True if something is to be done that the socket does not announce.
@@ -594,8 +605,9 @@ impl Connection {
                 }
                 Ok(Some(ServerMessage::Notice(Notice::InvalidateTransaction { tid, oids }))) => {
                     self.core.invalidate(tid, &oids);
+                    let bytes = weight(&oids);
                     self.untold().push_back((tid, oids));
-                    if self.untold_count.fetch_add(1, Ordering::AcqRel) == 0 && !in_background {
+                    if self.untold_bytes.fetch_add(bytes, Ordering::AcqRel) == 0 && !in_background {
                         self.wake.wake();
                     }
                 }
@@ -613,18 +625,15 @@ impl Connection {
 
     /// Whether a message must not be applied before the database has been told of the invalidations before it.
     fn has_to_wait(&self, message: &ServerMessage) -> bool {
-        let untold = self.untold_count.load(Ordering::Acquire);
+        let untold = self.untold_bytes.load(Ordering::Acquire);
         if untold == 0 {
             return false;
         }
-        // Who has seen a transaction must not be told an older last tid.
-        let is_known = |tid: Tid| tid <= self.core.last_tid_now();
         match message {
             ServerMessage::Notice(Notice::InvalidateTransaction { .. }) => untold >= MAX_UNTOLD,
             ServerMessage::Notice(_) => false,
-            ServerMessage::Loaded { loaded: Some((_, tid, end_tid)), .. } => {
-                !is_known(*tid) || end_tid.is_some_and(|end_tid| !is_known(end_tid))
-            }
+            // Who has seen a transaction must not be told an older last tid.
+            ServerMessage::Loaded { loaded: Some((_, tid, _)), .. } => *tid > self.core.last_tid_now(),
             _ => true,
         }
     }
@@ -683,6 +692,7 @@ impl Connection {
         if let Some(loaded) = &loaded {
             self.core.cache.store(oid, loaded.tid, loaded.end_tid, &loaded.data);
         }
+        let loaded = loaded.map(|loaded| self.core.as_shown(loaded));
         complete_all(waiters, &Ok(Answer::Loaded(loaded)));
     }
 
@@ -854,6 +864,11 @@ fn complete_all(waiters: Vec<Arc<Slot>>, answer: &Result<Answer>) {
     for waiter in waiters {
         waiter.complete(answer.clone());
     }
+}
+
+/// What an invalidation takes until the database has been told.
+fn weight(oids: &[Oid]) -> usize {
+    size_of::<(Tid, Vec<Oid>)>() + size_of_val(oids)
 }
 
 fn wrong_answer(call: &'static str) -> ClientError {

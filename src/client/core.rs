@@ -11,9 +11,10 @@ use super::transaction::Finish;
 use crate::cache::Cache;
 use crate::ids::{Oid, Tid};
 use crate::pickle::Value;
+use crate::storage::Loaded;
 use crate::wire::{Encoding, Notice};
 
-/// What a storage tells its owner. Called on the client's background thread, one at a time, with no lock held.
+/// What a storage tells its owner. Called on the client's background thread, one at a time, with no lock held that a caller waits for.
 pub trait DatabaseCallbacks: Send + Sync {
     /// Runs the background thread, with whatever the calls below need set up once instead of for each of them.
     fn enter(&self, run: Box<dyn FnOnce() + Send>) {
@@ -100,6 +101,12 @@ impl Core {
 
     pub(super) fn last_tid_now(&self) -> Tid {
         Tid(self.last_tid.load(Ordering::Acquire))
+    }
+
+    /// A revision as callers may see it: an end that is younger than the last tid is none yet.
+    pub(super) fn as_shown(&self, mut loaded: Loaded) -> Loaded {
+        loaded.end_tid = loaded.end_tid.filter(|end| *end <= self.last_tid_now());
+        loaded
     }
 
     /// Never goes back.

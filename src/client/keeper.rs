@@ -285,9 +285,7 @@ impl Keeper {
             connection.fail(ClientError::disconnected("a writable server was found"));
         }
         connection.wait_for_reader();
-        if !client.is_closing() {
-            connection.tell_database();
-        }
+        connection.tell_database();
         self.after_serving(since.elapsed());
         let reason = connection.reason().map_or_else(|| "closed".into(), |reason| reason.to_string());
         if !client.is_closing() {

@@ -194,6 +194,7 @@ impl Client {
             let mut state = self.state();
             if let Phase::Operational(connection, _) = &state.phase {
                 connection.fail(ClientError::disconnected("closed"));
+                connection.mute();
             }
             if !matches!(state.phase, Phase::Ended) {
                 state.phase = Phase::Closed;
@@ -337,7 +338,7 @@ impl Client {
     }
 
     fn may_show(&self, loaded: Loaded) -> Option<Loaded> {
-        (loaded.tid <= self.core.last_tid_now()).then_some(loaded)
+        (loaded.tid <= self.core.last_tid_now()).then(|| self.core.as_shown(loaded))
     }
 
     /// After [`Self::load_cached`]: the answer of the cache's file, or the server's.

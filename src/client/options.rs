@@ -44,7 +44,7 @@ pub struct Timers {
     /// First delay after a failed attempt; doubles up to `retry_max`. Each is shortened by a random part of up to half.
     pub retry_min: Duration,
     pub retry_max: Duration,
-    /// One attempt to connect, up to the answer to `register`.
+    /// One attempt to connect, up to the answer to `get_info`.
     pub handshake: Duration,
     pub keep_alive: Duration,
     /// How often a client that fell back to a read-only server looks for a writable one.

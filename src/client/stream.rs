@@ -339,7 +339,8 @@ impl Wake {
         if self.pending.load(Ordering::Acquire) {
             let mut buffer = [0; 8];
             if (&self.receiver).read(&mut buffer).is_ok() {
-                self.pending.store(false, Ordering::Release);
+                // Not a mere store: what the wakers did before they found it up is to be seen from here on.
+                self.pending.swap(false, Ordering::AcqRel);
             }
         }
     }

@@ -2,7 +2,7 @@
 //!
 //! TCP over loopback costs either side of a load some microseconds more than a Unix socket does, which is a third of all CPU
 //! time of a load (docs/performance.md). Configurations of sites say `localhost:8100`, so the server offers its local socket,
-//! under a name that nobody can know before, to those clients of a plain TCP address that are on its machine ([`crate::wire::LocalOffer`]:
+//! under a name that nobody can take before, to those clients of a plain TCP address that are on its machine ([`crate::wire::LocalOffer`]:
 //! a key of the answer to `get_info`, which other clients ignore). Its name is abstract: it is no file, and exists only in the
 //! network namespace of the server, like the loopback interface itself. A client that does not reach it stays with TCP.
 //!
@@ -14,6 +14,10 @@ use std::net::SocketAddr;
 use std::os::unix::net::{UnixListener, UnixStream};
 
 use super::Address;
+
+/// Begins every name.
+#[cfg(target_os = "linux")]
+const PREFIX: &str = "zeo-rs-";
 
 /// Of a TCP socket: the end of a client that is on its server's machine, as both sides name it.
 pub(crate) fn client_here(client: io::Result<SocketAddr>, server: io::Result<SocketAddr>) -> Option<String> {
@@ -33,23 +37,26 @@ pub(crate) fn listen() -> io::Result<(UnixListener, String)> {
     use std::hash::{BuildHasher, RandomState};
     use std::os::linux::net::SocketAddrExt;
 
-    // Each state has keys of its own, which the system made.
+    // A keyed hash, with a key that the system made at random.
     let random = || RandomState::new().hash_one(std::process::id());
-    let name = format!("zeo-rs-{:016x}{:016x}", random(), random());
+    let name = format!("{PREFIX}{:016x}{:016x}", random(), random());
     let listener =
         UnixListener::bind_addr(&std::os::unix::net::SocketAddr::from_abstract_name(name.as_bytes())?)?;
     listener.set_nonblocking(true)?;
     Ok((listener, name))
 }
 
-/// Connects without waiting.
+/// Connects without waiting. The name is the peer's: only one that a server of this project would give is tried.
 ///
 /// # Errors
-/// The system's, `WouldBlock` if too many wait to be accepted; `Unsupported` where there are no abstract names.
+/// `InvalidInput` for another name; the system's, `WouldBlock` if too many wait to be accepted; `Unsupported` where there are no abstract names.
 #[cfg(target_os = "linux")]
 pub(crate) fn connect(name: &str) -> io::Result<UnixStream> {
     use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 
+    if !name.starts_with(PREFIX) {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
     connect(&socket, &SocketAddrUnix::new_abstract_name(name.as_bytes())?)?;
@@ -101,7 +108,8 @@ mod tests {
         assert_ne!(name, other_name);
         drop(other);
         assert_eq!(connect(&other_name).unwrap_err().kind(), io::ErrorKind::ConnectionRefused);
-        assert!(connect(&"n".repeat(1000)).is_err());
+        assert!(connect(&format!("{PREFIX}{}", "n".repeat(1000))).is_err());
+        assert_eq!(connect("somebody else").unwrap_err().kind(), io::ErrorKind::InvalidInput);
         let first = connect(&name).unwrap();
         let _accepted = listener.accept().unwrap();
         assert!(first.peer_addr().is_ok());

@@ -38,8 +38,10 @@ const BUFFER: usize = CHUNK * 16;
 const WRITE: usize = 1 << 20;
 /// Received while something else is written; a client that sends more waits.
 const WAITING: usize = 4 << 20;
+/// Written at a time: the kernel lets nobody else have the processor before it is done.
+const PIECE: usize = 256 << 10;
 /// Written before the kernel is told to begin with it.
-const WRITE_BACK: u64 = 8 << 20;
+const WRITE_BACK: u64 = 1 << 20;
 
 /// A blob that is being received.
 pub(crate) struct Upload {
@@ -109,9 +111,10 @@ impl Upload {
 }
 
 impl UploadFile {
-    fn create(storage: &dyn Storage) -> Result<Self, StorageError> {
+    /// `ending`: of the file's name.
+    fn create(storage: &dyn Storage, ending: &str) -> Result<Self, StorageError> {
         let directory = storage.temporary_directory()?;
-        let (file, temporary) = create_temporary(&directory).map_err(|error| {
+        let (file, temporary) = create_temporary(&directory, ending).map_err(|error| {
             StorageError::io(format!("cannot create a file in {}", directory.display()), error)
         })?;
         Ok(Self { file, temporary, len: 0, written_back: 0 })
@@ -124,10 +127,12 @@ impl UploadFile {
     }
 
     fn append(&mut self, data: &[u8]) -> io::Result<()> {
-        self.file.write_all(data)?;
+        for piece in data.chunks(PIECE) {
+            self.file.write_all(piece)?;
+            // A load that waits for the processor goes first.
+            std::thread::yield_now();
+        }
         self.len += data.len() as u64;
-        // A load that waits for the processor goes first.
-        std::thread::yield_now();
         let new = self.len - self.written_back;
         if new >= WRITE_BACK {
             // Of pages that are not on the disk yet this only begins the writing; they stay in the page cache. No
@@ -139,11 +144,11 @@ impl UploadFile {
     }
 }
 
-fn create_temporary(directory: &Path) -> io::Result<(File, TemporaryFile)> {
+fn create_temporary(directory: &Path, ending: &str) -> io::Result<(File, TemporaryFile)> {
     static NEXT: AtomicU64 = AtomicU64::new(0);
     loop {
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
-        let path = directory.join(format!("zeo-{}-{number}{RECEIVED}", std::process::id()));
+        let path = directory.join(format!("zeo-{}-{number}{ending}", std::process::id()));
         match File::options().write(true).create_new(true).open(&path) {
             Ok(file) => return Ok((file, TemporaryFile(path))),
             // Left behind by a process of the same id.
@@ -239,10 +244,12 @@ impl Session {
         upload.writer = Writer::Busy;
         let mut buffer = std::mem::replace(&mut upload.buffer, std::mem::take(&mut upload.spare));
         let storage = Arc::clone(&hub.storage);
+        // A directory that is the storage's own is cleaned when it is opened. That of a Python storage may be shared with others.
+        let ending = if hub.capabilities.slow_calls { ".tmp" } else { RECEIVED };
         let work = move || {
             let mut file = match file {
                 Some(file) => file,
-                None => UploadFile::create(&*storage)?,
+                None => UploadFile::create(&*storage, ending)?,
             };
             file.write(&buffer)?;
             buffer.clear();

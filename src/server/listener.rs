@@ -87,6 +87,8 @@ impl Server {
         } else {
             Vec::new()
         };
+        // Those may be of another network namespace, where somebody else can have a name of this one.
+        let inherits = !inherited.is_empty();
         let http =
             match (sockets::inherited_http(&mut inherited).map_err(ServerError::Inherited)?, &config.http) {
                 (Some(http), _) => Some(http),
@@ -132,7 +134,8 @@ impl Server {
             tracing::info!(%address, "listening");
         }
         let mut local_socket = None;
-        if config.local_socket && config.tls.is_none() && listeners.iter().any(Listener::is_tcp) {
+        if config.local_socket && config.tls.is_none() && !inherits && listeners.iter().any(Listener::is_tcp)
+        {
             match sockets::listen_locally() {
                 Ok((listener, name)) => {
                     listeners.push(listener);

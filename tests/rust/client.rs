@@ -97,8 +97,15 @@ impl TestClient {
         }
     }
 
+    fn wait_last_tid(&self, tid: Tid) {
+        let deadline = Instant::now() + PATIENCE;
+        while self.client.last_tid() != tid {
+            assert!(Instant::now() < deadline, "{}", self.client.last_tid());
+        }
+    }
+
     /// Skips to what `wanted` accepts.
-    fn wait_told(&self, wanted: impl Fn(&Told) -> bool) -> Told {
+    fn wait_told(&self, mut wanted: impl FnMut(&Told) -> bool) -> Told {
         let deadline = Instant::now() + PATIENCE;
         loop {
             let told =
@@ -319,9 +326,11 @@ fn an_invalidation_before_the_reply_is_applied_first() {
             both.extend_from_slice(&peer.loaded_bytes(Oid(1), Tid(11), b"old", Tid(5), Some(Tid(12))));
             peer.write(&both);
             let loaded = loading.join().unwrap().unwrap().unwrap();
-            assert_eq!((&loaded.data[..], loaded.tid, loaded.end_tid), (&b"old"[..], Tid(5), Some(Tid(12))));
-            assert_eq!(test.client.last_tid(), Tid(12), "applied before the reply that follows it");
+            assert_eq!((&loaded.data[..], loaded.tid), (&b"old"[..], Tid(5)));
+            // To the cache, before the reply that follows it.
             assert_eq!(test.client.load_cached(Oid(1), Tid(13)), None);
+            test.wait_last_tid(Tid(12));
+            assert_eq!(test.client.load_cached(Oid(1), Tid(12)).unwrap().end_tid, Some(Tid(12)));
             assert!(test.client.load_cached(Oid(1), Tid(12)).is_some());
             test.wait_told(|told| *told == Told::Invalidate(Tid(12), vec![Oid(1)]));
         });
@@ -419,16 +428,22 @@ fn a_load_does_not_wait_for_the_database() {
             entered.recv_timeout(PATIENCE).unwrap();
             assert_eq!(test.client.last_tid(), Tid(10), "the database is still being told");
 
-            // One answer that shows the new transaction, one that shows its end of the old revision, and a barrier.
-            let newer = load(Oid(2), Tid(14));
-            peer.expect(loads);
+            // One that shows the end of a revision by a new transaction: as nothing is known of that one, there is no end yet.
             let ended = load(Oid(4), Tid(11));
+            peer.expect(loads);
+            let bytes = peer.loaded_bytes(Oid(4), Tid(11), b"ended", Tid(5), Some(Tid(13)));
+            peer.write(&bytes);
+            assert_eq!(ended.join().unwrap().end_tid, None);
+            assert_eq!(test.client.load_cached(Oid(4), Tid(11)).unwrap().end_tid, None);
+            assert_eq!(test.client.load_cached(Oid(4), Tid(14)), None);
+
+            // One that shows the new transaction itself, and a barrier.
+            let newer = load(Oid(2), Tid(14));
             peer.expect(loads);
             let client = test.client.clone();
             let ping = scope.spawn(move || client.read("ping", &Call::Ping));
             let id = peer.expect(|call| matches!(call, Call::Ping));
-            let mut bytes = peer.loaded_bytes(Oid(4), Tid(11), b"ended", Tid(5), Some(Tid(13)));
-            bytes.extend_from_slice(&peer.loaded_bytes(Oid(2), Tid(14), b"new", Tid(13), None));
+            let mut bytes = peer.loaded_bytes(Oid(2), Tid(14), b"new", Tid(13), None);
             encode_reply(encoding, &id, &Value::None, &mut bytes).unwrap();
             peer.write(&bytes);
             // Time for a mistake to show: a hit is answered all the while.
@@ -436,12 +451,12 @@ fn a_load_does_not_wait_for_the_database() {
             while since.elapsed() < Duration::from_millis(50) {
                 assert!(test.client.load_cached(Oid(7), Tid(11)).is_some());
             }
-            assert!(!ended.is_finished() && !newer.is_finished() && !ping.is_finished());
+            assert!(!newer.is_finished() && !ping.is_finished());
             assert_eq!(test.client.last_tid(), Tid(10));
             leave.send(()).unwrap();
             ping.join().unwrap().unwrap();
             assert_eq!(test.client.last_tid(), Tid(13));
-            assert_eq!(ended.join().unwrap().end_tid, Some(Tid(13)));
+            assert_eq!(test.client.load_cached(Oid(4), Tid(11)).unwrap().end_tid, Some(Tid(13)));
             assert_eq!(newer.join().unwrap().tid, Tid(13));
             let told: Vec<Told> = test
                 .told
@@ -456,9 +471,8 @@ fn a_load_does_not_wait_for_the_database() {
     }
 }
 
-/// What was read before the connection was lost is told before the next one is used.
-#[test]
-fn the_database_is_told_what_was_read_before_a_disconnect() {
+/// With one transaction that the database is just being told of, and one that it is still to be told of.
+fn with_a_backlog(then: impl FnOnce(&FakeServer, &TestClient, Peer, &dyn Fn())) {
     let server = FakeServer::new(Encoding::Msgpack);
     let (entered_tx, entered) = channel();
     let (leave, leave_rx) = channel::<()>();
@@ -483,13 +497,36 @@ fn the_database_is_told_what_was_read_before_a_disconnect() {
         peer.write(&bytes);
         loading.join().unwrap();
         entered.recv_timeout(PATIENCE).unwrap();
+        then(&server, &test, peer, &|| leave.send(()).unwrap());
+    });
+}
+
+/// What was read before the connection was lost is told before the next one is used.
+#[test]
+fn the_database_is_told_what_was_read_before_a_disconnect() {
+    with_a_backlog(|server, test, peer, leave| {
         drop(peer);
-        leave.send(()).unwrap();
+        leave();
         let _peer = server.serve(Tid(13));
         test.wait_told(|told| *told == Told::Invalidate(Tid(13), vec![Oid(2)]));
         test.wait_told(|told| *told == Told::Connected(2));
         test.client.wait_connected(PATIENCE).unwrap();
         assert_eq!(test.client.last_tid(), Tid(13));
+    });
+}
+
+/// A database that is closed is told nothing more.
+#[test]
+fn a_closed_database_is_told_nothing() {
+    with_a_backlog(|_, test, _peer, leave| {
+        test.client.close();
+        leave();
+        let mut told = Vec::new();
+        test.wait_told(|one| {
+            told.push(one.clone());
+            *one == Told::Disconnected
+        });
+        assert!(!told.contains(&Told::Invalidate(Tid(13), vec![Oid(2)])), "{told:?}");
     });
 }
 

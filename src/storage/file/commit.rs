@@ -32,7 +32,9 @@ use crate::storage::{Committed, Result, StagedData, StorageError, VotedTxn};
 
 /// The append is written in pieces of about this size; payloads larger than it are not copied. After each the processor is
 /// offered to whoever waits for it, so that a large transaction costs loads beside it a fraction of a millisecond.
-const SPILL: usize = 1 << 20;
+const SPILL: usize = 256 << 10;
+/// After so many bytes the system is told to begin with the writing: the sync has less left to do.
+const BEGIN_SYNC: u64 = 1 << 20;
 
 /// A transaction of the group with its place in the file.
 struct Placed {
@@ -112,7 +114,8 @@ impl FileStorage {
         group: &mut [(Arc<[Oid]>, Voted)],
         named: &mut Vec<(Oid, Tid)>,
     ) -> Result<Vec<Placed>> {
-        let mut append = Append { file: &*snapshot.file, buf: Vec::new(), pos: snapshot.end() };
+        let mut append =
+            Append { file: &*snapshot.file, buf: Vec::new(), pos: snapshot.end(), begun: snapshot.end() };
         let mut placed: Vec<Placed> = Vec::with_capacity(group.len());
         // Where earlier transactions of the group put an object: its previous record, before the index knows.
         let mut earlier: FxHashMap<Oid, u64> = FxHashMap::default();
@@ -209,6 +212,8 @@ struct Append<'a> {
     /// Not written yet; they end at `pos`.
     buf: Vec<u8>,
     pos: u64,
+    /// Before it everything is on its way to the disk.
+    begun: u64,
 }
 
 impl Append<'_> {
@@ -303,6 +308,10 @@ impl Append<'_> {
             self.file.write_at(&self.buf, self.pos - self.buf.len() as u64)?;
             self.buf.clear();
             std::thread::yield_now();
+            if self.pos - self.begun >= BEGIN_SYNC {
+                self.file.begin_sync(self.begun, self.pos);
+                self.begun = self.pos;
+            }
         }
         Ok(())
     }
