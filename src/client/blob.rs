@@ -20,6 +20,9 @@ use crate::wire::{Call, TxnKey};
 /// chunks not to count, small enough to be in the processor's cache when the server writes it to the disk.
 pub(super) const CHUNK: usize = 256 << 10;
 
+/// Received chunks are collected up to here before they are written: fewer system calls, and less that begins or ends in the middle of a page.
+const WRITE: usize = 512 << 10;
+
 /// How far a blob is on its way.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BlobProgress {
@@ -72,6 +75,8 @@ struct Download {
     partial: PathBuf,
     target: PathBuf,
     file: Option<File>,
+    /// Received and not yet written.
+    buffer: Vec<u8>,
     bytes: u64,
     /// `Some(Ok)`: the file has its final name.
     ended: Option<io::Result<u64>>,
@@ -100,6 +105,7 @@ impl Downloads {
             partial: partial.into(),
             target: target.to_owned(),
             file: None,
+            buffer: Vec::new(),
             bytes: 0,
             ended: None,
         };
@@ -134,7 +140,11 @@ impl Downloads {
             let Some(file) = &mut download.file else {
                 return Err(io::Error::other("chunk before the start"));
             };
-            file.write_all(chunk)?;
+            if download.buffer.len() + chunk.len() > WRITE {
+                file.write_all(&download.buffer)?;
+                download.buffer.clear();
+            }
+            download.buffer.extend_from_slice(chunk);
             download.bytes += chunk.len() as u64;
             self.bytes.fetch_add(chunk.len() as u64, Ordering::Relaxed);
             Ok(())
@@ -143,9 +153,10 @@ impl Downloads {
 
     pub(super) fn stop(&self, oid: Oid, serial: Tid) {
         self.with(oid, serial, |download| {
-            let Some(file) = download.file.take() else {
+            let Some(mut file) = download.file.take() else {
                 return Err(io::Error::other("end before the start"));
             };
+            file.write_all(&std::mem::take(&mut download.buffer))?;
             file.set_permissions(fs::Permissions::from_mode(0o400))?;
             fs::rename(&download.partial, &download.target)?;
             download.ended = Some(Ok(download.bytes));

@@ -33,7 +33,7 @@ use crate::wire::{ClientHello, Encoding, FrameReader, decode_request, put_frame}
 /// A read buffer is this large, unless a larger frame has begun; that of an idle connection is given back.
 const READ: usize = 16 << 10;
 /// After so many bytes received without a pause (some 100 us of work) other tasks and threads come first.
-const TURN: usize = 256 << 10;
+const TURN: usize = 64 << 10;
 /// An output buffer larger than this is given back once it is sent.
 const KEEP: usize = 256 << 10;
 

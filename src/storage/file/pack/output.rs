@@ -1,14 +1,16 @@
 //! [`Output`]: the packed file while it is written, front to back.
 //!
-//! Costs one `pwrite` a mebibyte. What has been written goes to the disk every 64 MiB, so that the last sync, and the
-//! syncs of commits meanwhile, do not wait for gigabytes.
+//! Costs four `pwrite` and one `fadvise` a mebibyte: in small pieces, because the system lets a load that waits for the processor have
+//! it between two of them only. What has been written is on its way to the disk at once, and there every 64 MiB, so that the last
+//! sync, and the syncs of commits meanwhile, do not wait for gigabytes.
 
 use std::sync::Arc;
 
 use super::super::file::StorageFile;
 use crate::storage::{Result, StorageError};
 
-const BUFFER: usize = 1 << 20;
+const BUFFER: usize = 256 << 10;
+const BEGIN_SYNC: u64 = 1 << 20;
 const SYNC_EVERY: u64 = 64 << 20;
 
 pub(super) struct Output {
@@ -17,12 +19,14 @@ pub(super) struct Output {
     buf: Vec<u8>,
     /// Position of `buf[0]`: what is before it has been written.
     written: u64,
+    /// Before it everything is on its way to the disk.
+    begun: u64,
     synced: u64,
 }
 
 impl Output {
     pub(super) fn new(file: Arc<dyn StorageFile>, name: String) -> Self {
-        Self { file, name, buf: Vec::with_capacity(BUFFER), written: 0, synced: 0 }
+        Self { file, name, buf: Vec::with_capacity(BUFFER), written: 0, begun: 0, synced: 0 }
     }
 
     pub(super) fn file(&self) -> &Arc<dyn StorageFile> {
@@ -38,6 +42,11 @@ impl Output {
         while !bytes.is_empty() {
             if self.buf.len() == BUFFER {
                 self.flush()?;
+                std::thread::yield_now();
+                if self.written - self.begun >= BEGIN_SYNC {
+                    self.file.begin_sync(self.begun, self.written);
+                    self.begun = self.written;
+                }
                 if self.written - self.synced >= SYNC_EVERY {
                     self.sync()?;
                 }
