@@ -24,7 +24,7 @@ MIXED = PAIRS + (("zeo", "rs"), ("rs", "zeo"))
 
 SERVER_CONF = """\
 <zeo>
-  address 127.0.0.1:{port}
+  address {address}
   msgpack true
   invalidation-queue-size {queue}
 </zeo>
@@ -106,15 +106,14 @@ def stop(process, grace=20):
 class Server:
     """A server process of one kind on one Data.fs."""
 
-    def __init__(self, kind, path, queue=100, timeout=120):
+    def __init__(self, kind, path, queue=100, timeout=120, unix=False):
         self.kind, self.path = kind, path
         self.directory = os.path.dirname(path)
-        self.port = free_port()
-        self.addr = ("127.0.0.1", self.port)
+        self.addr = os.path.join(self.directory, "socket") if unix else ("127.0.0.1", free_port())
         log = os.path.join(self.directory, "server.log")
         conf = os.path.join(self.directory, "zeo.conf")
         with open(conf, "w") as f:
-            f.write(SERVER_CONF.format(port=self.port, path=path, queue=queue, log=log,
+            f.write(SERVER_CONF.format(address=self.addr if unix else "%s:%s" % self.addr, path=path, queue=queue, log=log,
                                        blobs=os.path.join(self.directory, "blobs")))
         self.log = open(log + ".out", "wb")
         started = time.perf_counter_ns()
@@ -137,7 +136,7 @@ class Server:
             if self.process.poll() is not None:
                 raise Failed(f"{self.kind} server ended with status {self.process.returncode}: {self.tail()}")
             try:
-                with socket.create_connection(self.addr, 5) as sock:
+                with self._connect() as sock:
                     sock.settimeout(timeout)
                     if sock.recv(6)[4:5] in (b"M", b"Z"):
                         return time.perf_counter_ns()
@@ -146,6 +145,17 @@ class Server:
             time.sleep(0.001)
         stop(self.process, 1)
         raise Failed(f"{self.kind} server did not listen within {timeout} s: {self.tail()}")
+
+    def _connect(self):
+        if isinstance(self.addr, tuple):
+            return socket.create_connection(self.addr, 5)
+        sock = socket.socket(socket.AF_UNIX)
+        try:
+            sock.connect(self.addr)
+        except OSError:
+            sock.close()
+            raise
+        return sock
 
     def tail(self):
         self.log.flush()

@@ -15,6 +15,8 @@ def run(bench):
             step(bench, servers, first)
     finally:
         bench.discard(servers)
+    for step in bench.steps(cold_unix):
+        step(bench, source, first)
 
 
 def cold_one(bench, servers, first):
@@ -62,6 +64,21 @@ def cold_threads(bench, servers, first):
                                         [("loads.cold", {"first": first, "count": count, "threads": threads})]))
         bench.alternate("loads", f"cold loads, 1 process with {threads} threads", "1/s", measure,
                         bench.pairs() + bench.peers(servers), better="higher", limit=lambda: bench.limits.roundtrips_per_second(threads), target=">= 10x")
+
+
+def cold_unix(bench, source, first):
+    """Both told to use a Unix socket, which zeo-rs does by itself on one machine."""
+    servers = bench.both(source, unix=True)
+    try:
+        for name, processes, threads in (("8 processes", 8, 1), ("1 process with 8 threads", 1, 8)):
+            count = bench.size(1000, 4000 if processes > 1 else 16000)
+
+            def measure(client, server):
+                jobs = [("loads.cold", {"first": first + i * count, "count": count, "seed": i, "threads": threads}) for i in range(processes)]
+                return throughput(bench.run(client, servers[server], jobs))
+            bench.alternate("loads", f"cold loads, {name}, Unix socket configured", "1/s", measure, bench.pairs(), better="higher")
+    finally:
+        bench.discard(servers)
 
 
 def hits(bench, servers, first):

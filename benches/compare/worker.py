@@ -57,7 +57,7 @@ def database_storage(kind, addr, **options):
         from zeo_rs import ClientStorage
     options.setdefault("cache_size", 200 << 20)
     options.setdefault("wait_timeout", 60)
-    return ClientStorage(tuple(addr), **options)
+    return ClientStorage(addr if isinstance(addr, str) else tuple(addr), **options)
 
 
 class _RelStorage:
