@@ -169,8 +169,10 @@ pub(crate) struct BlobStream {
     pub(crate) read: JoinHandle<io::Result<(File, Vec<u8>)>>,
 }
 
-fn read_ahead(mut file: File) -> io::Result<(File, Vec<u8>)> {
-    let mut buffer = Vec::with_capacity(BUFFER);
+/// Into a buffer that was used before: memory that is in the processor's cache, and that the system need not find.
+fn read_ahead(mut file: File, mut buffer: Vec<u8>) -> io::Result<(File, Vec<u8>)> {
+    buffer.clear();
+    buffer.reserve_exact(BUFFER);
     (&mut file).take(BUFFER as u64).read_to_end(&mut buffer)?;
     Ok((file, buffer))
 }
@@ -362,7 +364,7 @@ impl Session {
                 Ok(_) if to.is_async => {}
                 Ok(file) => {
                     session.notify(&Notice::ReceiveBlobStart { oid, serial });
-                    let read = session.runtime.spawn_blocking(move || read_ahead(file));
+                    let read = session.runtime.spawn_blocking(move || read_ahead(file, Vec::new()));
                     let counted = Counted::new(&hub.stats.downloads);
                     session.stream = Some(BlobStream { oid, serial, to, hub, counted, read });
                 }
@@ -383,9 +385,9 @@ impl Session {
         };
         let at_end = buffer.len() < BUFFER;
         hub.stats.blob_bytes_sent.fetch_add(buffer.len() as u64, Ordering::Relaxed);
-        self.write_chunks(oid, serial, buffer);
+        let buffer = self.write_chunks(oid, serial, buffer);
         if !at_end {
-            let read = self.runtime.spawn_blocking(move || read_ahead(file));
+            let read = self.runtime.spawn_blocking(move || read_ahead(file, buffer));
             self.stream = Some(BlobStream { oid, serial, to, hub, counted, read });
             return;
         }
@@ -393,12 +395,15 @@ impl Session {
         self.answer(to, Ok(Outcome::Reply(Value::None)));
     }
 
-    fn write_chunks(&mut self, oid: Oid, serial: Tid, buffer: Vec<u8>) {
-        let mut rest = Bytes::from(buffer);
-        while !rest.is_empty() {
-            let chunk = rest.split_to(rest.len().min(CHUNK));
+    /// Gives the buffer back.
+    fn write_chunks(&mut self, oid: Oid, serial: Tid, buffer: Vec<u8>) -> Vec<u8> {
+        let whole = Bytes::from(buffer);
+        for start in (0..whole.len()).step_by(CHUNK) {
+            let chunk = whole.slice(start..whole.len().min(start + CHUNK));
             self.notify(&Notice::ReceiveBlobChunk { oid, serial, chunk });
         }
+        // The same memory, as nobody else has it any more.
+        whole.into()
     }
 }
 
