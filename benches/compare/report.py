@@ -40,7 +40,8 @@ def ratio(result, key="rs/rs", base="zeo/zeo"):
     ours, theirs = median(result, key), median(result, base)
     if not ours or not theirs or result["unit"] not in SPEEDS:
         return None
-    if result["unit"] == "MB" and max(ours, theirs) < NOISE_MB:
+    # Of next to nothing anything is many times as much.
+    if result["unit"] == "MB" and (max(ours, theirs) < NOISE_MB or min(ours, theirs) < 1):
         return None
     return ours / theirs if result["better"] == "higher" else theirs / ours
 
