@@ -11,13 +11,11 @@
 
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::num::NonZeroU64;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytes::Bytes;
-use rustix::fs::{Advice, fadvise};
 use tokio::task::JoinHandle;
 
 use super::fault;
@@ -27,7 +25,8 @@ use super::transaction::TemporaryFile;
 use crate::ids::{Oid, Tid};
 use crate::pickle::Value;
 use crate::storage::blob::RECEIVED;
-use crate::storage::{Storage, StorageError};
+use crate::storage::write_behind::{PIECE, begin_sync};
+use crate::storage::{Storage, StorageError, WriteBehind};
 use crate::wire::{Fault, Notice, TxnKey};
 
 /// What ZEO sends, and so what its clients are known to take.
@@ -38,10 +37,6 @@ const BUFFER: usize = CHUNK * 16;
 const WRITE: usize = 1 << 20;
 /// Received while something else is written; a client that sends more waits.
 const WAITING: usize = 4 << 20;
-/// Written at a time: the kernel lets nobody else have the processor before it is done.
-const PIECE: usize = 256 << 10;
-/// Written before the kernel is told to begin with it.
-const WRITE_BACK: u64 = 1 << 20;
 
 /// A blob that is being received.
 pub(crate) struct Upload {
@@ -100,7 +95,7 @@ struct UploadFile {
     file: File,
     temporary: TemporaryFile,
     len: u64,
-    written_back: u64,
+    behind: WriteBehind,
 }
 
 impl Upload {
@@ -117,7 +112,7 @@ impl UploadFile {
         let (file, temporary) = create_temporary(&directory, ending).map_err(|error| {
             StorageError::io(format!("cannot create a file in {}", directory.display()), error)
         })?;
-        Ok(Self { file, temporary, len: 0, written_back: 0 })
+        Ok(Self { file, temporary, len: 0, behind: WriteBehind::new(0) })
     }
 
     fn write(&mut self, data: &[u8]) -> Result<(), StorageError> {
@@ -129,16 +124,8 @@ impl UploadFile {
     fn append(&mut self, data: &[u8]) -> io::Result<()> {
         for piece in data.chunks(PIECE) {
             self.file.write_all(piece)?;
-            // A load that waits for the processor goes first.
-            std::thread::yield_now();
-        }
-        self.len += data.len() as u64;
-        let new = self.len - self.written_back;
-        if new >= WRITE_BACK {
-            // Of pages that are not on the disk yet this only begins the writing; they stay in the page cache. No
-            // matter if it does not.
-            let _ = fadvise(&self.file, self.written_back, NonZeroU64::new(new), Advice::DontNeed);
-            self.written_back = self.len;
+            self.len += piece.len() as u64;
+            self.behind.wrote(self.len, |from, to| begin_sync(&self.file, from, to));
         }
         Ok(())
     }

@@ -1,5 +1,6 @@
 //! Listening sockets: made for an address or taken over from systemd, and what is accepted from them.
 
+use std::fmt::Display;
 use std::io;
 use std::net::SocketAddr;
 use std::os::unix::fs::FileTypeExt;
@@ -7,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use socket2::{Domain, SockRef, Socket as RawSocket, TcpKeepalive, Type};
-use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
+use tokio::net::{TcpListener, TcpStream, UnixListener};
 
 use super::listener::ServerError;
 use super::socket::Socket;
@@ -17,12 +18,12 @@ use crate::net::{Address, local};
 const BACKLOG: i32 = 1024;
 /// `FileDescriptorName` of a socket that is for operators.
 const HTTP: &str = "http";
-/// Stands for the path of the socket that clients of this machine are offered; no listed address can be the same, which has a slash.
-const LOCAL: &str = "local";
 
 pub(super) enum Listener {
     Tcp(std::net::TcpListener),
     Unix(std::os::unix::net::UnixListener, SocketFile),
+    /// What clients of this machine are offered; there is no file.
+    Local(std::os::unix::net::UnixListener),
 }
 
 /// Removes the file of a Unix socket with the listener, if it is its own.
@@ -93,8 +94,7 @@ impl Listener {
 /// The socket that clients of this machine are offered, with its name.
 pub(super) fn listen_locally() -> io::Result<(Listener, String)> {
     let (listener, name) = local::listen()?;
-    // There is no file.
-    Ok((Listener::Unix(listener, SocketFile { path: LOCAL.into(), own: false }), name))
+    Ok((Listener::Local(listener), name))
 }
 
 pub(super) fn listen(address: &Address) -> io::Result<(Vec<Listener>, Address)> {
@@ -159,7 +159,7 @@ pub(super) fn listen_http(address: &Address) -> Result<(Vec<std::net::TcpListene
     let (listeners, actual) = listen(address).map_err(failed)?;
     let tcp = |listener| match listener {
         Listener::Tcp(listener) => Some(listener),
-        Listener::Unix(..) => None,
+        Listener::Unix(..) | Listener::Local(_) => None,
     };
     Ok((listeners.into_iter().filter_map(tcp).collect(), actual))
 }
@@ -199,12 +199,13 @@ fn listen_unix(path: &Path) -> io::Result<Listener> {
 pub(super) enum Acceptor {
     Tcp(TcpListener),
     Unix(UnixListener, SocketFile),
+    Local(UnixListener),
 }
 
 impl Acceptor {
     /// Whether this is the socket that clients of this machine are offered.
     pub(super) fn is_local(&self) -> bool {
-        matches!(self, Self::Unix(_, file) if file.path == Path::new(LOCAL))
+        matches!(self, Self::Local(_))
     }
 
     /// Needs a runtime.
@@ -212,6 +213,7 @@ impl Acceptor {
         Ok(match listener {
             Listener::Tcp(listener) => Self::Tcp(TcpListener::from_std(listener)?),
             Listener::Unix(listener, file) => Self::Unix(UnixListener::from_std(listener)?, file),
+            Listener::Local(listener) => Self::Local(UnixListener::from_std(listener)?),
         })
     }
 
@@ -225,20 +227,20 @@ impl Acceptor {
                 }
                 Ok((Socket::Tcp(stream), Address::from(peer).to_string()))
             }
-            Self::Unix(listener, file) => {
-                let (stream, _) = listener.accept().await?;
-                let peer = peer_name(&stream, &file.path);
-                Ok((Socket::Unix(stream), peer))
-            }
+            Self::Unix(listener, file) => accept_unix(listener, &file.path.display()).await,
+            Self::Local(listener) => accept_unix(listener, &"local").await,
         }
     }
 }
 
-fn peer_name(stream: &UnixStream, path: &Path) -> String {
-    match stream.peer_cred().ok().and_then(|peer| peer.pid()) {
-        Some(pid) => format!("{} process {pid}", path.display()),
-        None => path.display().to_string(),
-    }
+/// Its peer is shown as a process at `place`.
+async fn accept_unix(listener: &UnixListener, place: &(dyn Display + Sync)) -> io::Result<(Socket, String)> {
+    let (stream, _) = listener.accept().await?;
+    let peer = match stream.peer_cred().ok().and_then(|peer| peer.pid()) {
+        Some(pid) => format!("{place} process {pid}"),
+        None => place.to_string(),
+    };
+    Ok((Socket::Unix(stream), peer))
 }
 
 fn set_options(stream: &TcpStream, peer_timeout: Duration) -> io::Result<()> {

@@ -22,6 +22,7 @@ pub mod memory;
 pub mod owner;
 pub mod staged;
 pub mod transform;
+pub mod write_behind;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -33,6 +34,7 @@ use crate::ids::{Oid, Tid};
 pub use error::StorageError;
 pub use owner::Owner;
 pub use staged::{SpillFile, StagedData};
+pub use write_behind::WriteBehind;
 
 pub type Result<T, E = StorageError> = std::result::Result<T, E>;
 

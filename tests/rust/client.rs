@@ -360,20 +360,26 @@ fn an_invalidation_behind_the_reply_ends_what_the_reply_stored() {
     }
 }
 
-#[test]
-fn the_last_tid_waits_for_the_database() {
-    let server = FakeServer::new(Encoding::Msgpack);
+/// A database that says when it is told of transaction 12, and takes its time until it is let go.
+fn slow_database() -> (Hook, Receiver<()>, Sender<()>) {
     let (entered_tx, entered) = channel();
     let (leave, leave_rx) = channel::<()>();
     let leave_rx = Mutex::new(leave_rx);
+    let hook = Box::new(move |told: &Told| {
+        if matches!(told, Told::Invalidate(Tid(12), _)) {
+            entered_tx.send(()).unwrap();
+            leave_rx.lock().unwrap().recv().unwrap();
+        }
+    });
+    (hook, entered, leave)
+}
+
+#[test]
+fn the_last_tid_waits_for_the_database() {
+    let server = FakeServer::new(Encoding::Msgpack);
+    let (hook, entered, leave) = slow_database();
     std::thread::scope(|scope| {
         let peer = scope.spawn(|| server.serve(Tid(10)));
-        let hook = Box::new(move |told: &Told| {
-            if matches!(told, Told::Invalidate(Tid(12), _)) {
-                entered_tx.send(()).unwrap();
-                leave_rx.lock().unwrap().recv().unwrap();
-            }
-        });
         let test = TestClient::with_hook(server.options(), hook);
         test.client.wait_connected(PATIENCE).unwrap();
         let mut peer = peer.join().unwrap();
@@ -391,100 +397,12 @@ fn the_last_tid_waits_for_the_database() {
     });
 }
 
-/// A database that takes its time holds up no load, but everything from which one could learn what it has not been told.
-#[test]
-fn a_load_does_not_wait_for_the_database() {
-    for encoding in BOTH {
-        let server = FakeServer::new(encoding);
-        let (entered_tx, entered) = channel();
-        let (leave, leave_rx) = channel::<()>();
-        let leave_rx = Mutex::new(leave_rx);
-        std::thread::scope(|scope| {
-            let peer = scope.spawn(|| server.serve(Tid(10)));
-            let hook = Box::new(move |told: &Told| {
-                if matches!(told, Told::Invalidate(Tid(12), _)) {
-                    entered_tx.send(()).unwrap();
-                    leave_rx.lock().unwrap().recv().unwrap();
-                }
-            });
-            let test = TestClient::with_hook(server.options(), hook);
-            test.client.wait_connected(PATIENCE).unwrap();
-            let mut peer = peer.join().unwrap();
-            let load = |oid, before| {
-                let client = test.client.clone();
-                scope.spawn(move || client.load_before(oid, before).unwrap().unwrap())
-            };
-            let loads = |call: &Call| matches!(call, Call::LoadBefore { .. });
-
-            // Two transactions, and behind them the answer to a load: who waits for it does not wait for the database.
-            let old = load(Oid(7), Tid(11));
-            peer.expect(loads);
-            let mut bytes = peer.invalidation_bytes(Tid(12), &[Oid(1)]);
-            bytes.extend_from_slice(&peer.invalidation_bytes(Tid(13), &[Oid(2)]));
-            bytes.extend_from_slice(&peer.loaded_bytes(Oid(7), Tid(11), b"old", Tid(5), None));
-            peer.write(&bytes);
-            let loaded = old.join().unwrap();
-            assert_eq!((&loaded.data[..], loaded.tid), (&b"old"[..], Tid(5)));
-            entered.recv_timeout(PATIENCE).unwrap();
-            assert_eq!(test.client.last_tid(), Tid(10), "the database is still being told");
-
-            // One that shows the end of a revision by a new transaction: as nothing is known of that one, there is no end yet.
-            let ended = load(Oid(4), Tid(11));
-            peer.expect(loads);
-            let bytes = peer.loaded_bytes(Oid(4), Tid(11), b"ended", Tid(5), Some(Tid(13)));
-            peer.write(&bytes);
-            assert_eq!(ended.join().unwrap().end_tid, None);
-            assert_eq!(test.client.load_cached(Oid(4), Tid(11)).unwrap().end_tid, None);
-            assert_eq!(test.client.load_cached(Oid(4), Tid(14)), None);
-
-            // One that shows the new transaction itself, and a barrier.
-            let newer = load(Oid(2), Tid(14));
-            peer.expect(loads);
-            let client = test.client.clone();
-            let ping = scope.spawn(move || client.read("ping", &Call::Ping));
-            let id = peer.expect(|call| matches!(call, Call::Ping));
-            let mut bytes = peer.loaded_bytes(Oid(2), Tid(14), b"new", Tid(13), None);
-            encode_reply(encoding, &id, &Value::None, &mut bytes).unwrap();
-            peer.write(&bytes);
-            // Time for a mistake to show: a hit is answered all the while.
-            let since = Instant::now();
-            while since.elapsed() < Duration::from_millis(50) {
-                assert!(test.client.load_cached(Oid(7), Tid(11)).is_some());
-            }
-            assert!(!newer.is_finished() && !ping.is_finished());
-            assert_eq!(test.client.last_tid(), Tid(10));
-            leave.send(()).unwrap();
-            ping.join().unwrap().unwrap();
-            assert_eq!(test.client.last_tid(), Tid(13));
-            assert_eq!(test.client.load_cached(Oid(4), Tid(11)).unwrap().end_tid, Some(Tid(13)));
-            assert_eq!(newer.join().unwrap().tid, Tid(13));
-            let told: Vec<Told> = test
-                .told
-                .try_iter()
-                .filter(|told| matches!(told, Told::Invalidate(tid, _) if *tid > Tid(10)))
-                .collect();
-            assert_eq!(
-                told,
-                [Told::Invalidate(Tid(12), vec![Oid(1)]), Told::Invalidate(Tid(13), vec![Oid(2)])]
-            );
-        });
-    }
-}
-
-/// With one transaction that the database is just being told of, and one that it is still to be told of.
-fn with_a_backlog(then: impl FnOnce(&FakeServer, &TestClient, Peer, &dyn Fn())) {
-    let server = FakeServer::new(Encoding::Msgpack);
-    let (entered_tx, entered) = channel();
-    let (leave, leave_rx) = channel::<()>();
-    let leave_rx = Mutex::new(leave_rx);
+/// With one transaction that the database is just being told of, and one that it is still to be told of. To be let go once.
+fn with_a_backlog(encoding: Encoding, then: impl FnOnce(&FakeServer, &TestClient, Peer, &dyn Fn())) {
+    let server = FakeServer::new(encoding);
+    let (hook, entered, leave) = slow_database();
     std::thread::scope(|scope| {
         let peer = scope.spawn(|| server.serve(Tid(10)));
-        let hook = Box::new(move |told: &Told| {
-            if matches!(told, Told::Invalidate(Tid(12), _)) {
-                entered_tx.send(()).unwrap();
-                leave_rx.lock().unwrap().recv().unwrap();
-            }
-        });
         let test = TestClient::with_hook(server.options(), hook);
         test.client.wait_connected(PATIENCE).unwrap();
         let mut peer = peer.join().unwrap();
@@ -495,16 +413,74 @@ fn with_a_backlog(then: impl FnOnce(&FakeServer, &TestClient, Peer, &dyn Fn())) 
         bytes.extend_from_slice(&peer.invalidation_bytes(Tid(13), &[Oid(2)]));
         bytes.extend_from_slice(&peer.loaded_bytes(Oid(7), Tid(11), b"old", Tid(5), None));
         peer.write(&bytes);
-        loading.join().unwrap();
+        // Who waits for the answer behind the two does not wait for the database.
+        let loaded = loading.join().unwrap();
+        assert_eq!((&loaded.data[..], loaded.tid), (&b"old"[..], Tid(5)));
         entered.recv_timeout(PATIENCE).unwrap();
+        assert_eq!(test.client.last_tid(), Tid(10), "the database is still being told");
         then(&server, &test, peer, &|| leave.send(()).unwrap());
     });
+}
+
+/// A database that takes its time holds up no load, but everything from which one could learn what it has not been told.
+#[test]
+fn a_load_does_not_wait_for_the_database() {
+    for encoding in BOTH {
+        with_a_backlog(encoding, |_, test, mut peer, leave| {
+            std::thread::scope(|scope| {
+                let load = |oid, before| {
+                    let client = test.client.clone();
+                    scope.spawn(move || client.load_before(oid, before).unwrap().unwrap())
+                };
+                let loads = |call: &Call| matches!(call, Call::LoadBefore { .. });
+                // One that shows the end of a revision by a new transaction: as nothing is known of that one, there is no end yet.
+                let ended = load(Oid(4), Tid(11));
+                peer.expect(loads);
+                let bytes = peer.loaded_bytes(Oid(4), Tid(11), b"ended", Tid(5), Some(Tid(13)));
+                peer.write(&bytes);
+                assert_eq!(ended.join().unwrap().end_tid, None);
+                assert_eq!(test.client.load_cached(Oid(4), Tid(11)).unwrap().end_tid, None);
+                assert_eq!(test.client.load_cached(Oid(4), Tid(14)), None);
+
+                // One that shows the new transaction itself, and a barrier.
+                let newer = load(Oid(2), Tid(14));
+                peer.expect(loads);
+                let client = test.client.clone();
+                let ping = scope.spawn(move || client.read("ping", &Call::Ping));
+                let id = peer.expect(|call| matches!(call, Call::Ping));
+                let mut bytes = peer.loaded_bytes(Oid(2), Tid(14), b"new", Tid(13), None);
+                encode_reply(encoding, &id, &Value::None, &mut bytes).unwrap();
+                peer.write(&bytes);
+                // Time for a mistake to show: a hit is answered all the while.
+                let since = Instant::now();
+                while since.elapsed() < Duration::from_millis(50) {
+                    assert!(test.client.load_cached(Oid(7), Tid(11)).is_some());
+                }
+                assert!(!newer.is_finished() && !ping.is_finished());
+                assert_eq!(test.client.last_tid(), Tid(10));
+                leave();
+                ping.join().unwrap().unwrap();
+                assert_eq!(test.client.last_tid(), Tid(13));
+                assert_eq!(test.client.load_cached(Oid(4), Tid(11)).unwrap().end_tid, Some(Tid(13)));
+                assert_eq!(newer.join().unwrap().tid, Tid(13));
+                let told: Vec<Told> = test
+                    .told
+                    .try_iter()
+                    .filter(|told| matches!(told, Told::Invalidate(tid, _) if *tid > Tid(10)))
+                    .collect();
+                assert_eq!(
+                    told,
+                    [Told::Invalidate(Tid(12), vec![Oid(1)]), Told::Invalidate(Tid(13), vec![Oid(2)])]
+                );
+            });
+        });
+    }
 }
 
 /// What was read before the connection was lost is told before the next one is used.
 #[test]
 fn the_database_is_told_what_was_read_before_a_disconnect() {
-    with_a_backlog(|server, test, peer, leave| {
+    with_a_backlog(Encoding::Msgpack, |server, test, peer, leave| {
         drop(peer);
         leave();
         let _peer = server.serve(Tid(13));
@@ -518,7 +494,7 @@ fn the_database_is_told_what_was_read_before_a_disconnect() {
 /// A database that is closed is told nothing more.
 #[test]
 fn a_closed_database_is_told_nothing() {
-    with_a_backlog(|_, test, _peer, leave| {
+    with_a_backlog(Encoding::Msgpack, |_, test, _peer, leave| {
         test.client.close();
         leave();
         let mut told = Vec::new();

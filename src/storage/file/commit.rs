@@ -28,13 +28,11 @@ use super::{FileStorage, lock};
 use crate::ids::{Oid, Tid};
 use crate::storage::blob::BlobDir;
 use crate::storage::staged::Spilled;
-use crate::storage::{Committed, Result, StagedData, StorageError, VotedTxn};
+use crate::storage::write_behind::PIECE;
+use crate::storage::{Committed, Result, StagedData, StorageError, VotedTxn, WriteBehind};
 
-/// The append is written in pieces of about this size; payloads larger than it are not copied. After each the processor is
-/// offered to whoever waits for it, so that a large transaction costs loads beside it a fraction of a millisecond.
-const SPILL: usize = 256 << 10;
-/// After so many bytes the system is told to begin with the writing: the sync has less left to do.
-const BEGIN_SYNC: u64 = 1 << 20;
+/// The append is written in pieces of about this size; payloads larger than it are not copied.
+const SPILL: usize = PIECE;
 
 /// A transaction of the group with its place in the file.
 struct Placed {
@@ -114,8 +112,12 @@ impl FileStorage {
         group: &mut [(Arc<[Oid]>, Voted)],
         named: &mut Vec<(Oid, Tid)>,
     ) -> Result<Vec<Placed>> {
-        let mut append =
-            Append { file: &*snapshot.file, buf: Vec::new(), pos: snapshot.end(), begun: snapshot.end() };
+        let mut append = Append {
+            file: &*snapshot.file,
+            buf: Vec::new(),
+            pos: snapshot.end(),
+            behind: WriteBehind::new(snapshot.end()),
+        };
         let mut placed: Vec<Placed> = Vec::with_capacity(group.len());
         // Where earlier transactions of the group put an object: its previous record, before the index knows.
         let mut earlier: FxHashMap<Oid, u64> = FxHashMap::default();
@@ -212,8 +214,7 @@ struct Append<'a> {
     /// Not written yet; they end at `pos`.
     buf: Vec<u8>,
     pos: u64,
-    /// Before it everything is on its way to the disk.
-    begun: u64,
+    behind: WriteBehind,
 }
 
 impl Append<'_> {
@@ -307,11 +308,7 @@ impl Append<'_> {
         if !self.buf.is_empty() {
             self.file.write_at(&self.buf, self.pos - self.buf.len() as u64)?;
             self.buf.clear();
-            std::thread::yield_now();
-            if self.pos - self.begun >= BEGIN_SYNC {
-                self.file.begin_sync(self.begun, self.pos);
-                self.begun = self.pos;
-            }
+            self.behind.wrote(self.pos, |from, to| self.file.begin_sync(from, to));
         }
         Ok(())
     }

@@ -2,11 +2,12 @@
 
 use std::fs::File;
 use std::io;
-use std::num::NonZeroU64;
 use std::os::unix::fs::FileExt;
 
-use rustix::fs::{Advice, FallocateFlags, fadvise};
+use rustix::fs::FallocateFlags;
 use rustix::io::{Errno, ReadWriteFlags};
+
+use crate::storage::write_behind::begin_sync;
 
 /// A file read and written at positions, by many threads at once. No shared file position, no buffer.
 pub trait StorageFile: Send + Sync {
@@ -25,7 +26,7 @@ pub trait StorageFile: Send + Sync {
     /// Writes all of `buf`.
     fn write_at(&self, buf: &[u8], pos: u64) -> io::Result<()>;
 
-    /// Has the bytes `from..to`, which were just written, on their way to the disk, without waiting for it. A hint.
+    /// [`begin_sync`].
     fn begin_sync(&self, _from: u64, _to: u64) {}
 
     /// Cuts or extends the file; also gives back what was reserved beyond `len`.
@@ -85,10 +86,7 @@ impl StorageFile for OsFile {
     }
 
     fn begin_sync(&self, from: u64, to: u64) {
-        if let Some(len) = to.checked_sub(from).and_then(NonZeroU64::new) {
-            // Of pages that are not on the disk yet this only begins the writing; they stay in the page cache.
-            let _ = fadvise(&self.0, from, Some(len), Advice::DontNeed);
-        }
+        begin_sync(&self.0, from, to);
     }
 
     fn set_len(&self, len: u64) -> io::Result<()> {

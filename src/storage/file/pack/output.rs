@@ -7,10 +7,10 @@
 use std::sync::Arc;
 
 use super::super::file::StorageFile;
-use crate::storage::{Result, StorageError};
+use crate::storage::write_behind::PIECE;
+use crate::storage::{Result, StorageError, WriteBehind};
 
-const BUFFER: usize = 256 << 10;
-const BEGIN_SYNC: u64 = 1 << 20;
+const BUFFER: usize = PIECE;
 const SYNC_EVERY: u64 = 64 << 20;
 
 pub(super) struct Output {
@@ -19,14 +19,20 @@ pub(super) struct Output {
     buf: Vec<u8>,
     /// Position of `buf[0]`: what is before it has been written.
     written: u64,
-    /// Before it everything is on its way to the disk.
-    begun: u64,
+    behind: WriteBehind,
     synced: u64,
 }
 
 impl Output {
     pub(super) fn new(file: Arc<dyn StorageFile>, name: String) -> Self {
-        Self { file, name, buf: Vec::with_capacity(BUFFER), written: 0, begun: 0, synced: 0 }
+        Self {
+            file,
+            name,
+            buf: Vec::with_capacity(BUFFER),
+            written: 0,
+            behind: WriteBehind::new(0),
+            synced: 0,
+        }
     }
 
     pub(super) fn file(&self) -> &Arc<dyn StorageFile> {
@@ -42,11 +48,7 @@ impl Output {
         while !bytes.is_empty() {
             if self.buf.len() == BUFFER {
                 self.flush()?;
-                std::thread::yield_now();
-                if self.written - self.begun >= BEGIN_SYNC {
-                    self.file.begin_sync(self.begun, self.written);
-                    self.begun = self.written;
-                }
+                self.behind.wrote(self.written, |from, to| self.file.begin_sync(from, to));
                 if self.written - self.synced >= SYNC_EVERY {
                     self.sync()?;
                 }
