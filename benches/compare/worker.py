@@ -102,7 +102,7 @@ def say(message):
     sys.stdout.flush()
 
 
-def main():
+def serve():
     for line in iter(sys.stdin.readline, ""):
         request = json.loads(line)
         try:
@@ -120,6 +120,13 @@ def main():
         except Exception as exc:
             text = f"{type(exc).__name__}: {exc}"
             say({"error": text[:300]})
+
+
+def main():
+    # as the requests of a web server: not on the main thread, where Python runs signal handlers
+    thread = threading.Thread(target=serve)
+    thread.start()
+    thread.join()
 
 
 if __name__ == "__main__":

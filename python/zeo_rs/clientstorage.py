@@ -242,12 +242,12 @@ class ClientStorage(ConflictResolvingStorage, _zeo.ClientStorageBase):
     def is_connected(self, test=False):
         return self._is_connected()
 
-    # ---- told by the client's background thread
+    # ---- told by the client, one at a time, on its background thread (invalidations also on that of a caller that waits for what is behind them)
 
     def _invalidate(self, tid, oids):
         try:
             self.invalidateTransaction(tid, oids)
-        except Exception:
+        except BaseException:
             # it does not know what has changed: it has to forget everything, or it would go on with what is old
             self.invalidateCache()
             raise  # into the log

@@ -9,21 +9,20 @@
 //! callers sleep on their [`Slot`]; a leader that leaves wakes one of them to lead. If nobody waits, the background thread
 //! (`keeper.rs`) reads.
 //!
-//! Invalidations end in a call of Python code, which must not run on a caller's thread (it may hold
-//! locks that the callback wants). Whoever reads one ends the revisions in the cache and leaves the rest to the background thread:
-//! to tell the database, then to move the last tid. Until that is done, reading goes on for load replies of which nobody can tell
+//! Invalidations end in a call of Python code. Whoever reads one ends the revisions in the cache and puts the rest into
+//! [`News`]: to tell the database, then to move the last tid. Until that is done, reading goes on for load replies of which nobody can tell
 //! that it is not (their revision is no younger than the last tid, and an end that is, is not shown), so that a load need not wait
-//! for a thread switch and Python code because somebody else has committed. At a younger revision, or an answer to anything else, a
-//! leader stops; nothing behind it is touched before.
+//! for Python code because somebody else has committed. At a younger revision, or an answer to anything else, a
+//! leader tells the database itself, or stops if it may not; nothing behind it is touched before.
 //!
 //! # Locks
 //! `shared` (who waits, who reads; held for a few instructions), `out` (what is to be sent; not held while one thread
-//! writes it for all), `inbox` (by the reader, uncontended), `untold` (for a push or a pop). None of them is held while Python code runs, except `inbox`, for which nobody waits.
+//! writes it for all), `inbox` (by the reader, uncontended). None of them is held while Python code runs, except `inbox`, for which nobody waits.
 
 use std::collections::VecDeque;
 use std::collections::hash_map::Entry;
 use std::io;
-use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -34,6 +33,7 @@ use super::blob::{BlobProgress, Upload};
 use super::core::Core;
 use super::error::{ClientError, Result};
 use super::inbox::{CHUNK, Inbox};
+use super::news::News;
 use super::slot::{Answer, LOOK_AGAIN, Slot};
 use super::stream::{Stream, Wake};
 use super::transaction::Finish;
@@ -48,8 +48,6 @@ const FLUSH_AT: usize = 64 << 10;
 const MAX_SENDS: usize = 16;
 /// A write buffer larger than this is given back after use.
 const KEEP_BUFFER: usize = 1 << 20;
-/// When what the database is still to be told takes so many bytes, nothing more is read.
-const MAX_UNTOLD: usize = 16 << 20;
 /// Waiters that are done are dropped from the queue when it gets this long.
 const WAITERS: usize = 64;
 
@@ -68,12 +66,8 @@ pub(super) struct Connection {
     out: Mutex<Out>,
     written: Condvar,
     inbox: Mutex<Inbox>,
-    /// What the cache has been told and the database has not, by tid.
-    untold: Mutex<VecDeque<(Tid, Vec<Oid>)>>,
-    /// Its bytes, what is just being told included. Raised under the lock of `inbox`.
-    untold_bytes: AtomicUsize,
-    /// The database is closed.
-    muted: AtomicBool,
+    /// For the database.
+    news: News,
 }
 
 /// What is to be sent.
@@ -149,6 +143,7 @@ impl Connection {
             stream,
             encoding,
             generation,
+            news: News::new(Arc::clone(&core)),
             core,
             wake,
             next_id: AtomicI64::new(first_id),
@@ -158,9 +153,6 @@ impl Connection {
             out: Mutex::default(),
             written: Condvar::new(),
             inbox: Mutex::new(inbox),
-            untold: Mutex::default(),
-            untold_bytes: AtomicUsize::new(0),
-            muted: AtomicBool::new(false),
         }
     }
 
@@ -517,11 +509,16 @@ impl Connection {
     fn read_for(&self, slot: &Slot) -> Lead {
         let mut inbox = self.inbox();
         loop {
-            if self.apply_ready(&mut inbox, false) {
-                return Lead::Parked;
+            while self.apply_ready(&mut inbox) {
+                if !self.news.tell_here() {
+                    return Lead::Parked;
+                }
             }
             if slot.is_done() || self.is_dead() {
                 return Lead::Done;
+            }
+            if self.news.wants_announcement() {
+                self.wake.wake();
             }
             match self.fill(&mut inbox, false) {
                 Filled::Some | Filled::Full => {}
@@ -540,11 +537,11 @@ impl Connection {
             // Not asked once more for what is not there: the caller polls anyway.
             let mut more = Filled::Full;
             loop {
-                while self.apply_ready(&mut inbox, true) {
+                while self.apply_ready(&mut inbox) {
                     self.tell_database();
                 }
                 // A stream without a pause does not keep the database waiting.
-                if more != Filled::Full || self.is_dead() || self.is_untold() {
+                if more != Filled::Full || self.is_dead() || !self.news.is_empty() {
                     break;
                 }
                 more = self.fill(&mut inbox, true);
@@ -563,27 +560,19 @@ impl Connection {
         may
     }
 
-    /// The second half of invalidations, in order. For the background thread, which no caller waits for with a lock of the database.
+    /// The second half of invalidations, for the background thread.
     pub(super) fn tell_database(&self) {
-        while self.is_untold() && !self.muted.load(Ordering::Relaxed) {
-            let Some((tid, oids)) = self.untold().pop_front() else { return };
-            self.core.tell(tid, &oids);
-            self.untold_bytes.fetch_sub(weight(&oids), Ordering::Release);
-        }
+        self.news.tell();
     }
 
     /// From now on the database is told nothing.
     pub(super) fn mute(&self) {
-        self.muted.store(true, Ordering::Relaxed);
-    }
-
-    fn is_untold(&self) -> bool {
-        self.untold_bytes.load(Ordering::Acquire) > 0
+        self.news.mute();
     }
 
     /// True if something is to be done that the socket does not announce.
     pub(super) fn has_buffered(&self) -> bool {
-        self.is_untold() || self.shared().reader == Reader::Parked || self.stream.has_buffered()
+        !self.news.is_empty() || self.shared().reader == Reader::Parked || self.stream.has_buffered()
     }
 
     pub(super) fn is_led(&self) -> bool {
@@ -596,20 +585,16 @@ impl Connection {
     }
 
     /// Applies the whole messages of the inbox in order. True: stopped before one that has to wait until the database is told.
-    fn apply_ready(&self, inbox: &mut Inbox, in_background: bool) -> bool {
+    fn apply_ready(&self, inbox: &mut Inbox) -> bool {
         while !self.is_dead() {
             match inbox.next(self.encoding) {
-                Ok(Some(message)) if self.has_to_wait(&message) => {
+                Ok(Some(message)) if self.news.holds_up(&message) => {
                     inbox.put_back(message);
                     return true;
                 }
                 Ok(Some(ServerMessage::Notice(Notice::InvalidateTransaction { tid, oids }))) => {
                     self.core.invalidate(tid, &oids);
-                    let bytes = weight(&oids);
-                    self.untold().push_back((tid, oids));
-                    if self.untold_bytes.fetch_add(bytes, Ordering::AcqRel) == 0 && !in_background {
-                        self.wake.wake();
-                    }
+                    self.news.push(tid, oids);
                 }
                 Ok(Some(message)) => self.apply(message),
                 Ok(None) => return false,
@@ -621,21 +606,6 @@ impl Connection {
             }
         }
         false
-    }
-
-    /// Whether a message must not be applied before the database has been told of the invalidations before it.
-    fn has_to_wait(&self, message: &ServerMessage) -> bool {
-        let untold = self.untold_bytes.load(Ordering::Acquire);
-        if untold == 0 {
-            return false;
-        }
-        match message {
-            ServerMessage::Notice(Notice::InvalidateTransaction { .. }) => untold >= MAX_UNTOLD,
-            ServerMessage::Notice(_) => false,
-            // Who has seen a transaction must not be told an older last tid.
-            ServerMessage::Loaded { loaded: Some((_, tid, _)), .. } => *tid > self.core.last_tid_now(),
-            _ => true,
-        }
     }
 
     /// Reads what the socket has.
@@ -770,10 +740,6 @@ impl Connection {
     fn inbox(&self) -> MutexGuard<'_, Inbox> {
         self.inbox.lock().unwrap_or_else(PoisonError::into_inner)
     }
-
-    fn untold(&self) -> MutexGuard<'_, VecDeque<(Tid, Vec<Oid>)>> {
-        self.untold.lock().unwrap_or_else(PoisonError::into_inner)
-    }
 }
 
 impl Shared {
@@ -811,10 +777,11 @@ impl Drop for Role<'_> {
             }
             next
         };
-        match next {
-            Some(waiter) => waiter.promote(),
-            None if self.parked => connection.wake.wake(),
-            None => {}
+        if let Some(waiter) = next {
+            waiter.promote();
+        }
+        if self.parked || connection.news.wants_announcement() {
+            connection.wake.wake();
         }
     }
 }
@@ -864,11 +831,6 @@ fn complete_all(waiters: Vec<Arc<Slot>>, answer: &Result<Answer>) {
     for waiter in waiters {
         waiter.complete(answer.clone());
     }
-}
-
-/// What an invalidation takes until the database has been told.
-fn weight(oids: &[Oid]) -> usize {
-    size_of::<(Tid, Vec<Oid>)>() + size_of_val(oids)
 }
 
 fn wrong_answer(call: &'static str) -> ClientError {

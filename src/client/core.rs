@@ -14,7 +14,8 @@ use crate::pickle::Value;
 use crate::storage::Loaded;
 use crate::wire::{Encoding, Notice};
 
-/// What a storage tells its owner. Called on the client's background thread, one at a time, with no lock held that a caller waits for.
+/// What a storage tells its owner. Called on the client's background thread, [`Self::invalidate`] also on that of a caller that waits for
+/// an answer behind it; one at a time, with no lock held that a caller waits for.
 pub trait DatabaseCallbacks: Send + Sync {
     /// Runs the background thread, with whatever the calls below need set up once instead of for each of them.
     fn enter(&self, run: Box<dyn FnOnce() + Send>) {
@@ -22,6 +23,14 @@ pub trait DatabaseCallbacks: Send + Sync {
     }
     /// `db.invalidate(tid, oids)`.
     fn invalidate(&self, tid: Tid, oids: &[Oid]);
+    /// Runs what calls [`Self::invalidate`] several times, with whatever that needs set up once.
+    fn together(&self, run: &mut dyn FnMut()) {
+        run();
+    }
+    /// Whether [`Self::invalidate`] may be called on this thread, which is a caller's.
+    fn may_be_told_here(&self) -> bool {
+        true
+    }
     /// `db.invalidateCache()`: anything may have changed.
     fn invalidate_cache(&self);
     /// A connection is ready; calls wait until this returns.

@@ -20,8 +20,8 @@ use crate::wire::Notice;
 /// first after this long, ever more seldom while they go on.
 const NAP: Duration = Duration::from_millis(1);
 const LONG_NAP: Duration = Duration::from_millis(8);
-/// Callers that read so often a millisecond are busy.
-const BUSY: u64 = 2;
+/// Callers that read every so often are busy: one of sixteen processes that commit reads twice in 2 to 4 ms.
+const BUSY: Duration = Duration::from_millis(2);
 /// Longest sleep while connecting without anything due.
 const IDLE: Duration = Duration::from_secs(1);
 
@@ -258,11 +258,14 @@ impl Keeper {
             let (leads, is_led) = connection.leads();
             if !buffered && (is_led || leads != seen) {
                 // A long answer keeps one caller reading all the time.
-                let busy = is_led && leads == seen || leads - seen >= BUSY * nap.as_millis() as u64;
-                nap = if busy { (2 * nap).min(LONG_NAP) } else { NAP };
+                let busy = is_led && leads == seen || BUSY * (leads - seen) as u32 >= nap;
+                nap = if busy { (2 * nap).min(LONG_NAP) } else { (nap / 2).max(NAP) };
                 seen = leads;
                 client.wake.wait(nap);
             } else {
+                if !buffered {
+                    nap = NAP;
+                }
                 let until = alive.min(if probing { probe } else { alive });
                 let timeout = until.saturating_duration_since(Instant::now()).min(IDLE);
                 match connection

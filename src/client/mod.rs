@@ -21,6 +21,7 @@ mod dial;
 mod error;
 mod inbox;
 mod keeper;
+mod news;
 mod options;
 mod race;
 mod slot;

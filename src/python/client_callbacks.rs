@@ -1,5 +1,6 @@
-//! What a client tells its storage: calls of Python methods from the background thread.
+//! What a client tells its storage: calls of Python methods, from the background thread if nothing else is said.
 
+use std::cell::Cell;
 use std::path::PathBuf;
 
 use pyo3::intern;
@@ -9,9 +10,15 @@ use pyo3::types::{PyDict, PyList, PyString, PyTuple, PyWeakrefMethods, PyWeakref
 use super::convert::{oid_bytes, tid_bytes};
 use crate::client::{CallbackError, DatabaseCallbacks, Session};
 use crate::ids::{Oid, Tid};
+use crate::storage::Owner;
 use crate::wire::Encoding;
 
-/// The storage, for the background thread. Weak: a storage nobody uses any more goes, and closes its client.
+thread_local! {
+    /// Whether this is Python's main thread, and in which process that was asked: a fork makes its thread the main one.
+    static IS_MAIN: Cell<Option<(Owner, bool)>> = const { Cell::new(None) };
+}
+
+/// The storage. Weak: a storage nobody uses any more goes, and closes its client.
 pub(super) struct Callbacks(Py<PyWeakrefReference>);
 
 impl Callbacks {
@@ -65,6 +72,28 @@ impl DatabaseCallbacks for Callbacks {
                 Ok((tid_bytes(py, tid), oids).into_pyobject(py)?.unbind())
             },
         );
+    }
+
+    fn together(&self, run: &mut dyn FnMut()) {
+        if Python::try_attach(|_| run()).is_none() {
+            run();
+        }
+    }
+
+    /// Not on the main thread, which runs signal handlers in the middle of any Python code.
+    fn may_be_told_here(&self) -> bool {
+        if let Some((_, is_main)) = IS_MAIN.get().filter(|(process, _)| process.is_here()) {
+            return !is_main;
+        }
+        let is_main = Python::try_attach(|py| -> PyResult<bool> {
+            let threading = py.import("threading")?;
+            let main = threading.call_method0("main_thread")?.getattr("ident")?;
+            threading.call_method0("get_ident")?.eq(main)
+        });
+        // Unknown (the interpreter ends) is as good as main, and asked again.
+        let Some(Ok(is_main)) = is_main else { return false };
+        IS_MAIN.set(Some((Owner::here(), is_main)));
+        !is_main
     }
 
     fn invalidate_cache(&self) {
