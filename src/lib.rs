@@ -11,6 +11,7 @@
 //! | [`net`] | addresses, TLS configuration | feature `net` |
 //! | [`storage`] | the [`storage::Storage`] trait; `file` (Data.fs), `memory`, `blob` directories | blocking file I/O |
 //! | [`cache`] | the client's object cache | blocking file I/O |
+//! | `shelf` | current revisions that clients of the server's machine read themselves | a file in memory, feature `net` |
 //! | [`wire`] | sans-io: frames, handshake, messages, the two encodings | nothing: bytes in, messages out |
 //! | [`pickle`] | data-only pickle: decode, encode, find references | nothing |
 //! | [`ids`], [`limits`] | [`ids::Oid`], [`ids::Tid`]; every bound in one place | nothing |
@@ -25,6 +26,8 @@ pub mod net;
 pub mod pickle;
 #[cfg(feature = "net")]
 pub mod server;
+#[cfg(feature = "net")]
+mod shelf;
 pub mod storage;
 pub mod wire;
 

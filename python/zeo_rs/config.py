@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass, field
 
 import ZConfig
+import ZConfig.datatypes
 import ZConfig.loader
 import ZODB.config
 
@@ -33,6 +34,7 @@ EXTRA = {
     "max_iterators": "max_cursors",
     "load_threads": "load_threads",
     "local_socket": "local_socket",
+    "shared_cache_size": "shared_cache_size",
     "max_unread_invalidations": "max_unread",
     "handshake_timeout": "handshake_timeout",
     "peer_timeout": "peer_timeout",
@@ -95,6 +97,13 @@ def at_least_zero(text):
     if value < 0:
         raise ValueError(f"{text!r}: give a number, 0 or more")
     return value
+
+
+def shared_cache_size(text):
+    size = ZConfig.datatypes.stock_datatypes["byte-size"](text)
+    if size != 0 and not 1 << 20 <= size <= 1 << 40:
+        raise ValueError(f"{text!r}: give 0 (none), or 1MB to 1024GB")
+    return size
 
 
 def at_least_one(text):

@@ -60,6 +60,10 @@ pub struct CacheStats {
     pub max_bytes: u64,
 }
 
+/// See [`Cache::ticket`].
+#[derive(Clone, Copy, Debug)]
+pub struct Ticket(u64);
+
 /// Shared by all threads of a client.
 pub struct Cache {
     shards: Box<[Mutex<Shard>]>,
@@ -264,6 +268,37 @@ impl Cache {
                 trace.record(code, oid, tid, end_tid.unwrap_or(Tid::ZERO), data.len());
             }
             self.record(|| Event::Revision { oid, tid, end: end_tid, data });
+        }
+    }
+
+    /// To be taken before somebody who does not speak in the order of invalidations is asked for the current revision of `oid`.
+    pub fn ticket(&self, oid: Oid) -> Ticket {
+        Ticket(self.shard(oid).changes())
+    }
+
+    /// As [`Self::store`], of a revision that was current after the ticket was taken. Not kept if an invalidation came since, which
+    /// may have ended it.
+    pub fn store_current(&self, ticket: Ticket, oid: Oid, tid: Tid, data: &Bytes) {
+        if !self.fits(tid, None, data.len()) {
+            return;
+        }
+        let (stored, change) = {
+            let mut shard = self.shard(oid);
+            if shard.changes() != ticket.0 {
+                return;
+            }
+            let before = shard.bytes();
+            let stored = shard.store(oid, tid, None, Value::Memory(data.clone()));
+            if stored {
+                // Under the lock: the invalidation that ends it must not get into the file before it.
+                self.record(|| Event::Revision { oid, tid, end: None, data: data.clone() });
+            }
+            (stored, shard.bytes() as isize - before as isize)
+        };
+        self.add(change);
+        self.shrink(self.index(oid));
+        if let (true, Some(trace)) = (stored, self.trace.get()) {
+            trace.record(trace::STORE, oid, tid, Tid::ZERO, data.len());
         }
     }
 

@@ -94,6 +94,8 @@ pub(super) struct Shard {
     small_bytes: usize,
     bytes: usize,
     live: usize,
+    /// Invalidations, and whatever else revisions can have ended by.
+    changes: u64,
     stats: CacheStats,
 }
 
@@ -104,6 +106,11 @@ impl Shard {
 
     pub(super) fn len(&self) -> usize {
         self.live
+    }
+
+    /// The same as before: nothing has ended in between.
+    pub(super) fn changes(&self) -> u64 {
+        self.changes
     }
 
     pub(super) fn stats(&self) -> &CacheStats {
@@ -205,6 +212,7 @@ impl Shard {
 
     /// True if a revision ended or was forgotten.
     pub(super) fn invalidate(&mut self, oid: Oid, tid: Option<Tid>) -> bool {
+        self.changes += 1;
         let Some(newest) =
             self.objects.get(&oid.0).and_then(|revisions| revisions.as_slice().first().copied())
         else {
@@ -225,6 +233,7 @@ impl Shard {
 
     /// Forgets everything of an object.
     pub(super) fn forget_all(&mut self, oid: Oid) {
+        self.changes += 1;
         while let Some(newest) =
             self.objects.get(&oid.0).and_then(|revisions| revisions.as_slice().first().copied())
         {
@@ -245,8 +254,8 @@ impl Shard {
     /// Returns the bytes freed.
     pub(super) fn clear(&mut self) -> usize {
         let freed = self.bytes;
-        let stats = self.stats;
-        *self = Self { stats, ..Self::default() };
+        let (stats, changes) = (self.stats, self.changes + 1);
+        *self = Self { stats, changes, ..Self::default() };
         freed
     }
 

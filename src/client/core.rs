@@ -63,6 +63,8 @@ pub(super) struct Core {
     pub(super) callbacks: Arc<dyn DatabaseCallbacks>,
     pub(super) downloads: Downloads,
     pub(super) uploads: Uploads,
+    /// Loads that the server's shelf has answered.
+    pub(super) shelf_hits: AtomicU64,
     last_tid: AtomicU64,
     /// True while the last tid is about to move together with something else.
     gate: AtomicBool,
@@ -83,6 +85,7 @@ impl Core {
             callbacks,
             downloads: Downloads::default(),
             uploads: Uploads::default(),
+            shelf_hits: AtomicU64::new(0),
             last_tid: AtomicU64::new(last_tid.0),
             gate: AtomicBool::new(false),
             gate_lock: Mutex::new(()),

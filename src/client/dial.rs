@@ -13,7 +13,8 @@ use crate::ids::Tid;
 use crate::net::Address;
 use crate::net::local;
 use crate::pickle::Value;
-use crate::wire::{self, Call, Encoding, Fault, LocalOffer, MessageId, Notice, ServerMessage};
+use crate::shelf::ShelfReader;
+use crate::wire::{self, Call, Encoding, Fault, LocalOffer, MessageId, Notice, ServerMessage, ShelfOffer};
 
 /// A connection that only its maker uses: calls go one at a time, notices are kept (C4).
 pub(super) struct Registered {
@@ -24,6 +25,8 @@ pub(super) struct Registered {
     /// What `get_info` answered.
     pub(super) info: Vec<(Value, Value)>,
     offer: Option<LocalOffer>,
+    /// What the server has put within reach.
+    pub(super) shelf: Option<ShelfReader>,
     pub(super) server_tid: Tid,
     pub(super) read_only: bool,
     pub(super) next_id: i64,
@@ -122,6 +125,7 @@ impl Attempt<'_> {
             notices: Vec::new(),
             info: Vec::new(),
             offer: None,
+            shelf: None,
             server_tid: Tid::ZERO,
             read_only: access == Access::ReadOnly,
             next_id: 1,
@@ -180,6 +184,8 @@ impl Registered {
             return Err(DialError::Unexpected("get_info"));
         };
         self.offer = LocalOffer::take(&mut info);
+        let shelf = ShelfOffer::take(&mut info).zip(self.stream.take_descriptor());
+        self.shelf = shelf.and_then(|(offer, file)| ShelfReader::open(file, offer.format, offer.capacity));
         self.info = info;
         Ok(())
     }

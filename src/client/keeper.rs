@@ -212,16 +212,8 @@ impl Keeper {
             read_only: registered.read_only,
             generation: self.generation,
         };
-        let Registered { stream, encoding, inbox, next_id, .. } = *registered;
-        let connection = Arc::new(Connection::new(
-            stream,
-            encoding,
-            self.generation,
-            next_id,
-            inbox,
-            client.core.clone(),
-            client.wake.clone(),
-        ));
+        let connection =
+            Arc::new(Connection::new(*registered, self.generation, client.core.clone(), client.wake.clone()));
         client.drop_oids();
         in_callback(|| client.core.callbacks.connected(&session));
         tracing::info!(name = client.options.name, host = session.host, port = ?session.port, read_only = session.read_only, tid = %tid, "connected");

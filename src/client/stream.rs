@@ -3,16 +3,18 @@
 //! The socket stays in blocking mode. A reader that has nothing else to do blocks in `recv` itself: one system call
 //! for a reply, not a poll and a read. [`Stream::shutdown`] ends every blocked call.
 
-use std::io::{self, Read, Write};
+use std::io::{self, IoSliceMut, Read, Write};
+use std::mem::MaybeUninit;
 use std::net::TcpStream;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use rustix::cmsg_space;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::net::{RecvFlags, SendFlags};
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendFlags, recvmsg};
 use socket2::{SockRef, TcpKeepalive};
 
 use super::race::connect_first;
@@ -36,6 +38,8 @@ pub(super) struct Stream {
     /// As `str((host, port))` or the path: what `sortKey` is made of.
     pub(super) peer: Peer,
     spin: Spin,
+    /// A descriptor that came with the bytes of a Unix socket, while one may come.
+    handed: Option<Mutex<Option<OwnedFd>>>,
 }
 
 #[derive(Clone, Debug)]
@@ -70,22 +74,14 @@ impl Stream {
         let (mut stream, host) = match address {
             Address::Unix(path) => {
                 let socket = Socket::Unix(UnixStream::connect(path)?);
-                (
-                    Self {
-                        socket,
-                        tls: None,
-                        peer: Peer::Unix(path.display().to_string()),
-                        spin: Spin::default(),
-                    },
-                    None,
-                )
+                (Self::new(socket, Peer::Unix(path.display().to_string())), None)
             }
             Address::Tcp { host, .. } => {
                 let host = if host.is_empty() { LOCAL } else { host.as_str() };
                 let socket = connect_tcp(address, deadline)?;
                 let remote = socket.peer_addr()?;
                 let peer = Peer::Tcp { host: remote.ip().to_string(), port: remote.port() };
-                (Self { socket: Socket::Tcp(socket), tls: None, peer, spin: Spin::default() }, Some(host))
+                (Self::new(Socket::Tcp(socket), peer), Some(host))
             }
         };
         if let Some(tls) = tls {
@@ -105,7 +101,17 @@ impl Stream {
 
     /// Another one to the same server, shown as this one.
     pub(super) fn beside(&self, socket: UnixStream) -> Self {
-        Self { socket: Socket::Unix(socket), tls: None, peer: self.peer.clone(), spin: Spin::default() }
+        Self::new(Socket::Unix(socket), self.peer.clone())
+    }
+
+    fn new(socket: Socket, peer: Peer) -> Self {
+        let handed = matches!(socket, Socket::Unix(_)).then(Mutex::default);
+        Self { socket, tls: None, peer, spin: Spin::default(), handed }
+    }
+
+    /// The descriptor that the server has handed over, if any. None is taken from now on.
+    pub(super) fn take_descriptor(&mut self) -> Option<OwnedFd> {
+        self.handed.take()?.into_inner().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn start_tls(
@@ -259,6 +265,9 @@ impl Stream {
     fn receive(&self, buffer: &mut [u8], now: bool) -> io::Result<usize> {
         let mut receive =
             |flags| rustix::net::recv(&self.socket, &mut *buffer, flags).map(|(count, _)| count);
+        if let (Socket::Unix(socket), Some(handed)) = (&self.socket, self.handed.as_ref()) {
+            return receive_with_descriptor(socket, buffer, now, handed);
+        }
         if now {
             return Ok(receive(RecvFlags::DONTWAIT)?);
         }
@@ -268,6 +277,26 @@ impl Stream {
         });
         Ok(soon.unwrap_or_else(|| receive(RecvFlags::empty()))?)
     }
+}
+
+/// As [`Stream::receive`], with a descriptor that comes along; the first one is kept.
+fn receive_with_descriptor(
+    socket: &UnixStream,
+    buffer: &mut [u8],
+    now: bool,
+    handed: &Mutex<Option<OwnedFd>>,
+) -> io::Result<usize> {
+    let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(1))];
+    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+    let flags = if now { RecvFlags::DONTWAIT } else { RecvFlags::empty() } | RecvFlags::CMSG_CLOEXEC;
+    let received = recvmsg(socket, &mut [IoSliceMut::new(buffer)], &mut ancillary, flags)?;
+    for message in ancillary.drain() {
+        if let RecvAncillaryMessage::ScmRights(mut descriptors) = message {
+            let mut place = handed.lock().unwrap_or_else(PoisonError::into_inner);
+            *place = place.take().or_else(|| descriptors.next());
+        }
+    }
+    Ok(received.bytes)
 }
 
 #[derive(Clone, Copy, Debug)]

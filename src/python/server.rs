@@ -166,6 +166,7 @@ fn config_of(options: &Bound<'_, PyDict>) -> PyResult<ServerConfig> {
             "max_cursors" => config.max_cursors = value.extract()?,
             "load_threads" => config.load_threads = value.extract()?,
             "local_socket" => config.local_socket = value.is_truthy()?,
+            "shared_cache_size" => config.shared_cache_size = value.extract()?,
             "peer_timeout" => config.peer_timeout = seconds()?.unwrap_or(config.peer_timeout),
             "slow_operation" => config.slow_operation = seconds()?,
             "staging_memory" => config.staging_memory = value.extract()?,

@@ -80,6 +80,8 @@ pub(crate) async fn serve<S>(
         turn: 0,
     };
     connection.session.is_local = is_local;
+    connection.session.takes_descriptors =
+        server.config.tls.is_none() && connection.socket.socket().is_unix();
     connection.session.client_here =
         server.local_socket.as_ref().and_then(|_| connection.socket.socket().client_here());
     let reason = loop {
@@ -236,6 +238,11 @@ impl<S: AsyncRead + AsyncWrite + OverSocket + Unpin + Send> Connection<S> {
             }
             if stop_at.is_some() && !self.session.is_committing() && self.session.out.is_empty() {
                 return End::Stop;
+            }
+            if let Some(shelf) = self.session.handed_over.take() {
+                // Who cannot take it now does without.
+                let sent = self.socket.socket().send_with(shelf.reader(), &self.session.out);
+                self.session.out.advance(sent.unwrap_or(0));
             }
             let rested = self.turn >= TURN;
             if rested {

@@ -18,8 +18,9 @@ use super::commit::Committer;
 use super::locks::LockTable;
 use super::mailbox::{Event, Mailbox, Publication, StorageInfo};
 use crate::ids::{Oid, Tid};
+use crate::shelf::{Shelf, Ticket};
 use crate::storage::{
-    Capabilities, ConflictResolver, InvalidationSink, PackProgress, References, Result, Storage,
+    Capabilities, ConflictResolver, InvalidationSink, Loaded, PackProgress, References, Result, Storage,
 };
 
 /// Counters of one storage since the server's start.
@@ -69,6 +70,7 @@ pub(crate) struct Registry {
     /// `(tid, oids)`, newest first. The oids of the oldest are never needed.
     queue: VecDeque<(Tid, Arc<[Oid]>)>,
     queue_size: usize,
+    shelf: Option<Arc<Shelf>>,
     /// Commits below the storage that wait for the end of one above.
     held_back: Option<Vec<(Tid, Arc<[Oid]>)>>,
 }
@@ -89,6 +91,10 @@ impl Registry {
     }
 
     fn announce(&mut self, publication: &Arc<Publication>, except: Option<u64>) {
+        // The storage has it, and nobody is told yet.
+        if let Some(shelf) = &self.shelf {
+            shelf.remove(&publication.oids);
+        }
         // Only a copy of another database, which brings its own tids, can go back.
         self.last_tid = self.last_tid.max(publication.tid);
         while self.queue.len() >= self.queue_size {
@@ -148,6 +154,8 @@ pub(crate) struct HubOptions {
     pub(crate) client_conflict_resolution: bool,
     pub(crate) resolver: Arc<dyn ConflictResolver>,
     pub(crate) references: Arc<dyn References>,
+    /// Bytes of the cache that clients of this machine share; zero: none.
+    pub(crate) shelf: u64,
 }
 
 /// Worker threads that a storage with slow calls may keep busy at a time: one that hangs (a database or a server below that does
@@ -172,6 +180,8 @@ pub(crate) struct Hub {
     pub(crate) pack: PackWatch,
     pub(crate) options: HubOptions,
     pub(crate) started: SystemTime,
+    /// What clients of this machine read without asking.
+    pub(crate) shelf: Option<Arc<Shelf>>,
     registry: Mutex<Registry>,
     next_listener: AtomicUsize,
 }
@@ -179,15 +189,17 @@ pub(crate) struct Hub {
 impl Hub {
     /// Reads the last transactions of `storage` into the invalidation queue and starts its committer thread.
     pub(crate) fn start(id: String, storage: Arc<dyn Storage>, options: HubOptions) -> Result<Arc<Self>> {
+        let capabilities = storage.capabilities();
+        let shelf = shelf(&options, &capabilities);
         let registry = Registry {
             listeners: FxHashMap::default(),
             last_tid: Tid::ZERO,
             queue: VecDeque::new(),
             queue_size: options.invalidation_queue_size.max(1),
+            shelf: shelf.clone(),
             held_back: Some(Vec::new()),
         };
         let (committer, work) = Committer::new();
-        let capabilities = storage.capabilities();
         let hub = Arc::new(Self {
             name: storage.name(),
             slow_jobs: capabilities.slow_calls.then(|| Arc::new(Semaphore::new(MAX_SLOW_JOBS))),
@@ -203,6 +215,7 @@ impl Hub {
             pack: PackWatch::default(),
             options,
             started: SystemTime::now(),
+            shelf,
             registry: Mutex::new(registry),
             next_listener: AtomicUsize::new(0),
         });
@@ -269,6 +282,15 @@ impl Hub {
         self.info();
         let failure = self.storage.write_failure();
         self.known.facts().failure = failure;
+    }
+
+    /// Where clients of this machine find it, if it is current and has not changed since the ticket was taken.
+    pub(crate) fn shelve(&self, ticket: Option<Ticket>, oid: Oid, loaded: &Result<Option<Loaded>>) {
+        if let (Some(shelf), Some(ticket)) = (&self.shelf, ticket)
+            && let Ok(Some(Loaded { data, tid, end_tid: None })) = loaded
+        {
+            shelf.put(ticket, oid, *tid, data);
+        }
     }
 
     /// Joins the listeners. The tid is the connection's first view: exactly what comes after it will be posted.
@@ -343,11 +365,28 @@ impl Hub {
         let last_tid = self.storage.last_tid();
         let mut registry = self.registry();
         registry.start_at(last_tid);
+        if let Some(shelf) = &self.shelf {
+            shelf.clear();
+        }
         if let Some(held_back) = &mut registry.held_back {
             held_back.clear();
         }
         for mailbox in registry.listeners.values() {
             mailbox.condemn("the storage was exchanged below; clients have to verify their caches".into());
+        }
+    }
+}
+
+/// For a storage whose `load_before` shows what it has published: one that others write to, below, may answer with less.
+fn shelf(options: &HubOptions, capabilities: &Capabilities) -> Option<Arc<Shelf>> {
+    if options.shelf == 0 || capabilities.slow_calls {
+        return None;
+    }
+    match Shelf::new(options.shelf) {
+        Ok(shelf) => Some(Arc::new(shelf)),
+        Err(error) => {
+            tracing::info!(%error, "clients of this machine share no cache");
+            None
         }
     }
 }

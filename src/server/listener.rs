@@ -113,6 +113,8 @@ impl Server {
         if listeners.is_empty() {
             return Err(ServerError::NoAddress);
         }
+        // Clients with TLS are not handed a descriptor.
+        let shelf = if config.tls.is_none() { config.shared_cache_size } else { 0 };
         let mut hubs = Vec::new();
         for (name, storage) in storages {
             let options = HubOptions {
@@ -122,6 +124,7 @@ impl Server {
                 client_conflict_resolution: config.client_conflict_resolution,
                 resolver: Arc::clone(&config.resolver),
                 references: Arc::clone(&config.references),
+                shelf,
             };
             let hub = Hub::start(name.clone(), Arc::clone(storage), options);
             hubs.push(hub.map_err(|source| ServerError::Storage { name: name.clone(), source })?);

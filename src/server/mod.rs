@@ -111,6 +111,8 @@ pub struct ServerConfig {
     pub load_threads: usize,
     /// Offer clients of this machine a Unix socket when they come over TCP without TLS.
     pub local_socket: bool,
+    /// Bytes of memory, for each storage, where clients that come over a Unix socket find current objects without asking; zero: none.
+    pub shared_cache_size: u64,
 }
 
 impl Default for ServerConfig {
@@ -143,6 +145,7 @@ impl Default for ServerConfig {
             workers: None,
             load_threads: 64,
             local_socket: true,
+            shared_cache_size: 64 << 20,
         }
     }
 }

@@ -17,18 +17,21 @@ use crate::wire::{Fault, encode_loaded};
 const MAX_HISTORY: i64 = 1 << 20;
 
 impl Session {
-    /// Cost, for a record in the page cache: the engine's index lookup and read, one copy into the output buffer.
+    /// Cost, for a record in the page cache: the engine's index lookup and read, one copy into the output buffer. With clients that
+    /// share a cache: its mutex, and two `pwrite` if the object is not there.
     pub(crate) fn load_before(&mut self, hub: &Arc<Hub>, to: &mut ReplyTo, oid: Oid, before: Tid) -> Served {
         let began = Instant::now();
         count(&hub.stats.loads);
         let view = self.view;
         let as_of_view = before.min(view.next());
+        let ticket = hub.shelf.as_ref().and_then(|shelf| shelf.ticket(oid));
         let loaded = if hub.capabilities.slow_calls {
             Err(StorageError::WouldBlock)
         } else {
             hub.storage.try_load_before(oid, as_of_view)
         };
         if !matches!(loaded, Err(StorageError::WouldBlock)) {
+            hub.shelve(ticket, oid, &loaded);
             let served = self.loaded(to, view, loaded);
             let took = began.elapsed();
             hub.stats.load_seconds.record(took);
@@ -37,10 +40,14 @@ impl Session {
         }
         count(&hub.stats.disk_loads);
         let mut to = to.take();
-        let (storage, hub) = (Arc::clone(&hub.storage), Arc::clone(hub));
+        let (worker_hub, hub) = (Arc::clone(hub), Arc::clone(hub));
         self.slow_loads.push(view);
         self.background(
-            move || storage.load_before(oid, as_of_view),
+            move || {
+                let loaded = worker_hub.storage.load_before(oid, as_of_view);
+                worker_hub.shelve(ticket, oid, &loaded);
+                loaded
+            },
             move |session, loaded| {
                 let served = session.loaded_slowly(&mut to, oid, view, loaded);
                 session.slow_load_done(view);
@@ -144,7 +151,7 @@ impl Session {
     pub(crate) fn get_info(&mut self, hub: &Arc<Hub>, to: &mut ReplyTo) -> Served {
         let storage = Arc::clone(&hub.storage);
         let capabilities = hub.capabilities.clone();
-        let offer = self.offer_local_socket();
+        let offers = [self.offer_local_socket(), self.offer_shelf(hub)];
         self.here_or_in_background(hub, to, move || {
             let interfaces = capabilities
                 .interfaces
@@ -159,7 +166,7 @@ impl Session {
                 ("interfaces", Value::Tuple(interfaces.collect())),
             ];
             let info = info.into_iter().map(|(key, value)| (key.into(), value));
-            Ok(Value::Dict(info.chain(offer).collect()))
+            Ok(Value::Dict(info.chain(offers.into_iter().flatten()).collect()))
         })
     }
 

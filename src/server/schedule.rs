@@ -3,7 +3,7 @@
 //! Clients register, load, listen and vanish at every point of a commit: before a transaction is published (when the
 //! engine already shows it), between the transactions of a group, and while commits from below wait for their turn. Each
 //! client's output is read as a client reads it, and every answer must be exactly the engine's as of what this client
-//! had been told just before it.
+//! had been told just before it. What lies on the shelf must be what is current as of what was published last.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -16,6 +16,7 @@ use crate::ids::{Oid, Tid};
 use crate::server::mailbox::Event;
 use crate::server::session::{Outcome, ReplyTo, Session};
 use crate::server::{ServerConfig, Shared};
+use crate::shelf::{self, ShelfReader};
 use crate::storage::memory::MemoryStorage;
 use crate::storage::transform::RecordReferences;
 use crate::storage::{
@@ -61,9 +62,12 @@ struct Sim {
     shared: Arc<Shared>,
     hub: Arc<Hub>,
     clients: Vec<Client>,
+    /// Of a client on this machine.
+    shelf: ShelfReader,
     /// Published, in order.
     published: Vec<Tid>,
     checked: usize,
+    on_shelf: usize,
 }
 
 impl Sim {
@@ -76,12 +80,16 @@ impl Sim {
             client_conflict_resolution: false,
             resolver: Arc::new(NoResolution),
             references: Arc::new(RecordReferences),
+            shelf: 1 << 20,
         };
         let hub = Hub::start("1".into(), Arc::clone(&storage) as Arc<dyn Storage>, options).unwrap();
         let shared = Arc::new(Shared::new(ServerConfig::default(), vec![Arc::clone(&hub)], None));
         let runtime = Builder::new_current_thread().build().unwrap();
         let random = Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
-        Self { random, runtime, storage, shared, hub, clients: Vec::new(), published: Vec::new(), checked: 0 }
+        let descriptor = hub.shelf.as_ref().unwrap().reader().try_clone_to_owned().unwrap();
+        let shelf = ShelfReader::open(descriptor, shelf::FORMAT, 1 << 20).unwrap();
+        let (clients, published) = (Vec::new(), Vec::new());
+        Self { random, runtime, storage, shared, hub, clients, shelf, published, checked: 0, on_shelf: 0 }
     }
 
     fn connect(&mut self) {
@@ -110,6 +118,7 @@ impl Sim {
 
     /// Something that clients do; `in_commit`: in the middle of a commit.
     fn step(&mut self, in_commit: bool) {
+        self.check_shelf();
         let choice = self.random.below(if in_commit { 8 } else { 10 });
         let client = self.random.below(self.clients.len().max(1) as u64) as usize;
         match choice {
@@ -131,6 +140,17 @@ impl Sim {
             }
             7 => self.commit_below(),
             _ => self.commit(),
+        }
+    }
+
+    /// Whatever lies there is what is current as of the last published tid, or it could be shown with a view that it does not belong to.
+    fn check_shelf(&mut self) {
+        let before = self.hub.registry().last_tid().next();
+        for oid in (0..OBJECTS).map(Oid) {
+            let Some((tid, data)) = self.shelf.load(oid) else { continue };
+            let expected = self.storage.load_before(oid, before).unwrap().unwrap();
+            assert_eq!((tid, &data[..]), (expected.tid, &expected.data[..]), "{oid} before {before}");
+            self.on_shelf += 1;
         }
     }
 
@@ -306,7 +326,7 @@ impl Client {
 
 #[test]
 fn every_schedule_shows_every_client_one_history() {
-    let mut checked = 0;
+    let (mut checked, mut on_shelf) = (0, 0);
     for seed in 0..200 {
         let mut sim = Sim::new(seed);
         for _ in 0..120 {
@@ -318,9 +338,11 @@ fn every_schedule_shows_every_client_one_history() {
             sim.check_complete(client, true);
         }
         checked += sim.checked;
+        on_shelf += sim.on_shelf;
         sim.hub.committer.stop();
     }
     assert!(checked > 1000, "{checked} loads were checked");
+    assert!(on_shelf > 1000, "{on_shelf} entries of the shelf were checked");
 }
 
 /// A client that always has a load on its way to the disk and back remembers what its oldest load has to know, no more.

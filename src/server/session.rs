@@ -35,10 +35,11 @@ use super::slow::{Budget, Operation};
 use super::transaction::Transaction;
 use crate::ids::{Oid, Tid};
 use crate::pickle::Value;
+use crate::shelf::{self, Shelf};
 use crate::storage::StorageError;
 use crate::wire::{
-    BadCall, Call, Encoding, Fault, LocalOffer, MessageId, Notice, Request, encode_fault, encode_notice,
-    encode_reply,
+    BadCall, Call, Encoding, Fault, LocalOffer, MessageId, Notice, Request, ShelfOffer, encode_fault,
+    encode_notice, encode_reply,
 };
 
 /// Worker threads that one client may keep busy; its further requests wait.
@@ -92,6 +93,10 @@ pub(crate) struct Session {
     pub(crate) requests: (u64, u64),
     /// It came by the local socket.
     pub(crate) is_local: bool,
+    /// Its socket is a Unix one, without TLS.
+    pub(crate) takes_descriptors: bool,
+    /// A descriptor of this goes with the next bytes.
+    pub(crate) handed_over: Option<Arc<Shelf>>,
     /// Its client's address, if that is on this machine and may go on over the local socket.
     pub(crate) client_here: Option<String>,
     /// How many requests there had been when it was told so.
@@ -135,6 +140,8 @@ impl Session {
             owns_thread: false,
             requests: (0, 0),
             is_local: false,
+            takes_descriptors: false,
+            handed_over: None,
             client_here: None,
             offered: None,
             txn: None,
@@ -165,6 +172,13 @@ impl Session {
         let (client, name) = (self.client_here.clone()?, self.server.local_socket.clone()?);
         self.offered = Some(self.requests);
         Some(LocalOffer { name, client }.into_pair())
+    }
+
+    /// What `get_info` says of the shelf, to a client that gets it with the answer.
+    pub(crate) fn offer_shelf(&mut self, hub: &Hub) -> Option<(Value, Value)> {
+        let shelf = hub.shelf.as_ref().filter(|_| self.takes_descriptors)?;
+        self.handed_over = Some(Arc::clone(shelf));
+        Some(ShelfOffer { format: shelf::FORMAT, capacity: shelf.capacity() }.into_pair())
     }
 
     /// At the end: whether its client has gone on over the local socket. One that has asked for nothing since that was offered, while

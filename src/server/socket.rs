@@ -1,11 +1,14 @@
 //! [`Socket`]: an accepted connection of either kind, that can go from one runtime to another.
 
-use std::io;
+use std::io::{self, IoSlice};
+use std::mem::MaybeUninit;
+use std::os::fd::BorrowedFd;
 use std::pin::Pin;
 use std::task::{Context, Poll};
 
+use rustix::cmsg_space;
 use rustix::io::Errno;
-use rustix::net::{RecvFlags, recv};
+use rustix::net::{RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, recv, sendmsg};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpStream, UnixStream};
 
@@ -36,6 +39,24 @@ impl Socket {
             Self::Moving(moving) => Ok(moving),
         };
         *self = Self::Moving(moving.unwrap_or(Moving::Lost));
+    }
+
+    pub(crate) fn is_unix(&self) -> bool {
+        matches!(self, Self::Unix(_))
+    }
+
+    /// Sends some of `data`, and with its first byte a descriptor, without waiting: how much.
+    ///
+    /// # Errors
+    /// The system's; `Unsupported`: not a Unix socket.
+    pub(crate) fn send_with(&self, descriptor: BorrowedFd<'_>, data: &[u8]) -> io::Result<usize> {
+        let Self::Unix(stream) = self else { return Err(io::ErrorKind::Unsupported.into()) };
+        let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(1))];
+        let mut ancillary = SendAncillaryBuffer::new(&mut space);
+        let descriptors = [descriptor];
+        ancillary.push(SendAncillaryMessage::ScmRights(&descriptors));
+        let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+        Ok(sendmsg(stream, &[IoSlice::new(data)], &mut ancillary, flags)?)
     }
 
     /// The client's address, if it is a TCP one of this machine. Two system calls.

@@ -35,7 +35,7 @@ pub use codec::{
 pub use fault::FaultKind;
 pub use frame::{FrameReader, put_frame, put_frame_with};
 pub use handshake::{ClientHello, choose};
-pub use local::LocalOffer;
+pub use local::{LocalOffer, ShelfOffer};
 pub use reply::{Fault, Notice, ServerMessage};
 
 use crate::pickle::PickleError;

@@ -49,6 +49,11 @@ impl Collector for Storages {
             "loads that were not in the page cache, or of a storage in Python",
             |hub| read(&hub.stats.disk_loads),
         )?;
+        families.counter(
+            "shared_cache_stores",
+            "objects put where clients of this machine find them",
+            |hub| hub.shelf.as_ref().map_or(0, |shelf| shelf.puts()),
+        )?;
         families.counter("stores", "records received for transactions", |hub| read(&hub.stats.stores))?;
         families.counter("commits", "finished transactions", |hub| read(&hub.stats.commits))?;
         families.counter("commit_groups", "groups of transactions that shared a sync", |hub| {

@@ -1,0 +1,42 @@
+//! [`ShelfReader`]: the client's side.
+
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt;
+
+use super::{BUCKET, ENTRY, Entry, FORMAT, Layout, MAX_DATA};
+use crate::ids::{Oid, Tid};
+
+/// See the module documentation.
+#[derive(Debug)]
+pub(crate) struct ShelfReader {
+    file: File,
+    layout: Layout,
+}
+
+impl ShelfReader {
+    /// The shelf of a server that says it has this format and capacity; `None` if it is none.
+    pub(crate) fn open(file: OwnedFd, format: u64, capacity: u64) -> Option<Self> {
+        let file = File::from(file);
+        // Anything else might keep a reader waiting.
+        let is_file = file.metadata().is_ok_and(|metadata| metadata.is_file());
+        let layout = Layout::new(capacity).filter(|_| is_file && format == FORMAT)?;
+        Some(Self { file, layout })
+    }
+
+    /// The revision of `oid` that is current now, if it is there. Costs two `pread`, one allocation and a checksum; one `pread` if it is not.
+    pub(crate) fn load(&self, oid: Oid) -> Option<(Tid, Vec<u8>)> {
+        let mut bucket = [0; BUCKET];
+        self.file.read_exact_at(&mut bucket, (self.layout.bucket(oid) * BUCKET) as u64).ok()?;
+        let (entries, _) = bucket.as_chunks::<ENTRY>();
+        let mut entries = entries.iter().map(Entry::decode);
+        let entry = entries.find(|entry| entry.oid == oid && entry.length > 0)?;
+        let length = entry.length as usize;
+        if length > MAX_DATA {
+            return None;
+        }
+        let mut data = vec![0; length];
+        self.file.read_exact_at(&mut data, entry.position).ok()?;
+        (entry.checksum_of(&data) == entry.checksum).then_some((entry.tid, data))
+    }
+}

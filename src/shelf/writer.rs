@@ -1,0 +1,214 @@
+//! [`Shelf`]: the server's side.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use super::{BUCKET, ENTRY, Entry, Layout, MAX_DATA, WAYS};
+use crate::ids::{Oid, Tid};
+
+/// Counters of changes; objects share them.
+const EPOCHS: usize = 1024;
+
+/// See the module documentation. Never reads the file: it knows what it has written.
+pub(crate) struct Shelf {
+    file: File,
+    /// The same, for readers.
+    for_readers: OwnedFd,
+    layout: Layout,
+    /// Somebody reads it.
+    is_read: AtomicBool,
+    /// Something may be on it.
+    is_filled: AtomicBool,
+    /// How often an object with this hash has changed.
+    epochs: Box<[AtomicU64]>,
+    puts: AtomicU64,
+    state: Mutex<State>,
+}
+
+struct State {
+    /// What the table says; the position is where the data began in a ring without an end.
+    entries: Vec<Entry>,
+    /// Where the next data goes, in a ring without an end.
+    head: u64,
+    /// Nothing is put there any more: what was there could not be taken away otherwise.
+    broken: bool,
+}
+
+/// Says that its holder has begun to look for the current revision, see [`Shelf::ticket`].
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Ticket(u64);
+
+impl Shelf {
+    /// An empty one. It takes memory as it fills.
+    ///
+    /// # Errors
+    /// `InvalidInput`: a capacity below 1 MB or above 1 TB. The system's; `Unsupported` where there are no files without a name in memory.
+    pub(crate) fn new(capacity: u64) -> io::Result<Self> {
+        let layout = Layout::new(capacity).ok_or(io::ErrorKind::InvalidInput)?;
+        let (file, for_readers) = file_in_memory()?;
+        file.set_len(capacity)?;
+        let state =
+            State { entries: vec![Entry::default(); layout.buckets() * WAYS], head: 0, broken: false };
+        Ok(Self {
+            file,
+            for_readers,
+            layout,
+            is_read: AtomicBool::new(false),
+            is_filled: AtomicBool::new(false),
+            epochs: (0..EPOCHS).map(|_| AtomicU64::new(0)).collect(),
+            puts: AtomicU64::new(0),
+            state: Mutex::new(state),
+        })
+    }
+
+    pub(crate) fn capacity(&self) -> u64 {
+        self.layout.capacity
+    }
+
+    /// Revisions that were put there so far.
+    pub(crate) fn puts(&self) -> u64 {
+        self.puts.load(Ordering::Relaxed)
+    }
+
+    /// For a reader; from now on there is one.
+    pub(crate) fn reader(&self) -> BorrowedFd<'_> {
+        self.is_read.store(true, Ordering::Relaxed);
+        self.for_readers.as_fd()
+    }
+
+    /// To be taken before the storage is asked for the current revision of `oid`. `None`: nobody would read it.
+    pub(crate) fn ticket(&self, oid: Oid) -> Option<Ticket> {
+        self.is_read.load(Ordering::Relaxed).then(|| Ticket(self.epoch(oid).load(Ordering::SeqCst)))
+    }
+
+    /// `oid` is, or was when the ticket was taken, at `tid`, with this data. Not put there if it has changed since.
+    ///
+    /// Cost: one mutex; two `pwrite` if it is not there yet.
+    pub(crate) fn put(&self, ticket: Ticket, oid: Oid, tid: Tid, data: &[u8]) {
+        if data.is_empty() || data.len() > MAX_DATA {
+            return;
+        }
+        let mut state = self.state();
+        // First say that there may be something, then look whether it has changed; `remove` does it the other way around.
+        self.is_filled.store(true, Ordering::SeqCst);
+        if state.broken || self.epoch(oid).load(Ordering::SeqCst) != ticket.0 {
+            return;
+        }
+        let size = self.layout.capacity - self.layout.ring();
+        let length = data.len() as u64;
+        let bucket = self.layout.bucket(oid);
+        let Some(entries) = state.entries.get(bucket * WAYS..(bucket + 1) * WAYS) else { return };
+        let is_there = |entry: &Entry, head: u64| entry.length > 0 && head - entry.position <= size;
+        let head = state.head;
+        let known = |entry: &&Entry| entry.oid == oid && entry.tid == tid && is_there(entry, head);
+        if entries.iter().any(|entry| known(&entry)) {
+            return;
+        }
+        // Its own place, an empty one, or that of what has been there longest.
+        let age = |entry: &Entry| match entry {
+            Entry { oid: of, length: 1.., .. } if *of == oid => (0, 0),
+            entry if !is_there(entry, head) => (1, 0),
+            entry => (2, entry.position),
+        };
+        let Some(way) = (0..WAYS).min_by_key(|way| entries.get(*way).map(age)) else { return };
+        let begin = if head % size + length > size { head.next_multiple_of(size) } else { head };
+        let position = self.layout.ring() + begin % size;
+        let entry = Entry::new(oid, tid, position, data);
+        let place = bucket * WAYS + way;
+        let written = self
+            .file
+            .write_all_at(data, position)
+            .and_then(|()| self.file.write_all_at(&entry.encode(), (place * ENTRY) as u64));
+        state.head = begin + length;
+        if let Some(known) = state.entries.get_mut(place) {
+            *known = Entry { position: begin, ..entry };
+        }
+        match written {
+            Ok(()) => {
+                self.puts.fetch_add(1, Ordering::Relaxed);
+            }
+            Err(error) => self.give_up(&mut state, &error),
+        }
+    }
+
+    /// These objects have changed: the storage says so already, and nobody has been told yet.
+    ///
+    /// Cost for each: an atomic addition; as long as nothing is there, no more. Then a lookup, and a `pwrite` if it is there; and one mutex for all.
+    pub(crate) fn remove(&self, oids: &[Oid]) {
+        for oid in oids {
+            self.epoch(*oid).fetch_add(1, Ordering::SeqCst);
+        }
+        if !self.is_filled.load(Ordering::SeqCst) {
+            return;
+        }
+        let mut state = self.state();
+        for oid in oids {
+            let bucket = self.layout.bucket(*oid);
+            for place in bucket * WAYS..(bucket + 1) * WAYS {
+                match state.entries.get_mut(place) {
+                    Some(entry) if entry.oid == *oid && entry.length > 0 => *entry = Entry::default(),
+                    _ => continue,
+                }
+                if let Err(error) = self.file.write_all_at(&[0; ENTRY], (place * ENTRY) as u64) {
+                    self.give_up(&mut state, &error);
+                }
+            }
+        }
+    }
+
+    /// Anything may have changed.
+    pub(crate) fn clear(&self) {
+        for epoch in &self.epochs {
+            epoch.fetch_add(1, Ordering::SeqCst);
+        }
+        let mut state = self.state();
+        state.entries.fill(Entry::default());
+        let emptied = self.file.set_len(0).and_then(|()| self.file.set_len(self.layout.capacity));
+        if let Err(error) = emptied {
+            self.give_up(&mut state, &error);
+        }
+    }
+
+    /// Without memory for it (or whatever it is), there is nothing on it any more, and never will be.
+    fn give_up(&self, state: &mut State, error: &io::Error) {
+        state.broken = true;
+        state.entries.fill(Entry::default());
+        match self.file.set_len(0) {
+            Ok(()) => tracing::warn!(%error, "the shared cache cannot be written, clients do without"),
+            // Readers may find there what is not current any more.
+            Err(second) => tracing::error!(%error, %second, "the shared cache cannot be written nor emptied"),
+        }
+    }
+
+    fn epoch(&self, oid: Oid) -> &AtomicU64 {
+        &self.epochs[oid.0 as usize % EPOCHS]
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A file without a name, and the same to be read only, also by who has another user's rights and opens it anew.
+#[cfg(target_os = "linux")]
+fn file_in_memory() -> io::Result<(File, OwnedFd)> {
+    use std::os::fd::AsRawFd;
+
+    use rustix::fs::{MemfdFlags, Mode, fchmod, memfd_create};
+
+    let file = File::from(memfd_create("zeo-rs shared cache", MemfdFlags::CLOEXEC)?);
+    fchmod(&file, Mode::RUSR)?;
+    let for_readers = File::open(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
+    Ok((file, for_readers.into()))
+}
+
+#[cfg(not(target_os = "linux"))]
+fn file_in_memory() -> io::Result<(File, OwnedFd)> {
+    Err(io::ErrorKind::Unsupported.into())
+}
+
+const _: () = assert!(BUCKET == WAYS * ENTRY);
