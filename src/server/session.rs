@@ -93,7 +93,7 @@ pub(crate) struct Session {
     pub(crate) requests: (u64, u64),
     /// It came by the local socket.
     pub(crate) is_local: bool,
-    /// Its socket is a Unix one, without TLS.
+    /// Its socket is a Unix one, without TLS, and it has been handed nothing yet.
     pub(crate) takes_descriptors: bool,
     /// A descriptor of this goes with the next bytes.
     pub(crate) handed_over: Option<Arc<Shelf>>,
@@ -174,9 +174,10 @@ impl Session {
         Some(LocalOffer { name, client }.into_pair())
     }
 
-    /// What `get_info` says of the shelf, to a client that gets it with the answer.
+    /// What `get_info` says of the shelf, to a client that gets it with the answer. Once: descriptors that nobody takes are a burden on
+    /// the whole server.
     pub(crate) fn offer_shelf(&mut self, hub: &Hub) -> Option<(Value, Value)> {
-        let shelf = hub.shelf.as_ref().filter(|_| self.takes_descriptors)?;
+        let shelf = hub.shelf.as_ref().filter(|_| std::mem::take(&mut self.takes_descriptors))?;
         self.handed_over = Some(Arc::clone(shelf));
         Some(ShelfOffer { format: shelf::FORMAT, capacity: shelf.capacity() }.into_pair())
     }
