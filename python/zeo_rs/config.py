@@ -100,7 +100,10 @@ def at_least_zero(text):
 
 
 def shared_cache_size(text):
-    size = ZConfig.datatypes.stock_datatypes["byte-size"](text)
+    try:
+        size = ZConfig.datatypes.stock_datatypes["byte-size"](text)
+    except ValueError:
+        size = -1
     if size != 0 and not 1 << 20 <= size <= 1 << 40:
         raise ValueError(f"{text!r}: give 0 (none), or 1MB to 1024GB")
     return size

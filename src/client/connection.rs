@@ -182,14 +182,16 @@ impl Connection {
 
     /// The server's answer to a `loadBefore`, if it lies on its shelf: without asking, and without waiting for anybody.
     ///
-    /// Of a current revision, and only as of a tid that the server has published: what comes later has a later tid. Invalidations on
+    /// Of a current revision, and as of a tid that the server has published: what comes later has a later tid. Invalidations on
     /// their way may end it; they come to the cache after it, or it does not enter the cache.
     /// Cost: two `pread`, two short locks, one allocation.
     pub(super) fn load_from_shelf(&self, oid: Oid, before: Tid) -> Option<Loaded> {
         let shelf = self.shelf.as_ref()?;
-        if before > self.core.last_tid_now().next() || self.is_dead() {
+        if self.is_dead() {
             return None;
         }
+        // As the cache, it knows nothing of what the database has not been told of.
+        let before = before.min(self.core.last_tid_now().next());
         let ticket = self.core.cache.ticket(oid);
         let (tid, data) = shelf.load(oid)?;
         if tid >= before {

@@ -244,6 +244,11 @@ impl Client {
         &self.core.cache
     }
 
+    /// Loads that the shelf of a server on this machine has answered.
+    pub fn shelf_hits(&self) -> u64 {
+        self.core.shelf_hits.load(Ordering::Relaxed)
+    }
+
     /// The value of a key of `get_info`.
     pub fn info(&self, key: &str) -> Option<Value> {
         let info = self.core.info();

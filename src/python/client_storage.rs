@@ -564,13 +564,16 @@ impl ClientStorageBase {
         Ok(dict)
     }
 
-    /// `hits`, `misses` and the like of the object cache.
+    /// `hits`, `misses` and the like of the object cache; `shared`: misses that were found in the cache shared by the clients of the
+    /// server's machine.
     fn cache_stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
-        let stats = self.client()?.cache().stats();
+        let client = self.client()?;
+        let stats = client.cache().stats();
         let dict = PyDict::new(py);
         for (key, value) in [
             ("hits", stats.hits),
             ("misses", stats.misses),
+            ("shared", client.shelf_hits()),
             ("stores", stats.stores),
             ("evictions", stats.evictions),
             ("invalidations", stats.invalidations),

@@ -42,10 +42,14 @@ def watched(tmp_path, *keys):
         yield server
 
 
+def status_of(server):
+    """Of its storage."""
+    return json.loads(get(server.http_address, "/status.json")[1])["storages"]["1"]
+
+
 def clients(server):
     """The names of those that are registered."""
-    status = json.loads(get(server.http_address, "/status.json")[1])
-    return [client["peer"] for client in status["storages"]["1"]["clients"]]
+    return [client["peer"] for client in status_of(server)["clients"]]
 
 
 def wait_clients(server, *wanted):
