@@ -159,6 +159,36 @@ fn forgotten_revisions_do_not_pile_up() {
     assert!(cache.len() <= 1);
 }
 
+/// An answer from aside the order of invalidations: whatever may have ended the revision since it was asked for keeps it out.
+#[test]
+fn what_may_have_ended_since_its_ticket_does_not_get_in() {
+    let cache = Cache::new(1 << 20);
+    let data = bytes::Bytes::from_static(b"x");
+    let ended_by: [&dyn Fn(); 5] = [
+        &|| cache.invalidate(Oid(1), Some(Tid(20))),
+        &|| cache.invalidate(Oid(1), None),
+        &|| cache.clear(),
+        &|| cache.move_aside(),
+        &|| {
+            cache.store(Oid(1), Tid(30), None, b"newer");
+            cache.forget_after(Tid(5));
+        },
+    ];
+    for end in ended_by {
+        let ticket = cache.ticket(Oid(1));
+        end();
+        cache.store_current(ticket, Oid(1), Tid(10), &data);
+        assert!(cache.load_before(Oid(1), Tid(11)).is_none());
+    }
+    let ticket = cache.ticket(Oid(1));
+    cache.store(Oid(1), Tid(2), Some(Tid(10)), b"older");
+    cache.store_current(ticket, Oid(1), Tid(10), &data);
+    let loaded = cache.load_before(Oid(1), Tid(11)).unwrap();
+    assert_eq!((loaded.tid, loaded.end_tid, &loaded.data[..]), (Tid(10), None, &b"x"[..]));
+    cache.invalidate(Oid(1), Some(Tid(20)));
+    assert_eq!(cache.load_before(Oid(1), Tid(11)).unwrap().end_tid, Some(Tid(20)));
+}
+
 #[test]
 fn too_large_is_not_kept() {
     let cache = Cache::new(1000);
