@@ -27,6 +27,7 @@ SERVER_CONF = """\
   address {address}
   msgpack true
   invalidation-queue-size {queue}
+  {extra}
 </zeo>
 <filestorage 1>
   path {path}
@@ -106,14 +107,15 @@ def stop(process, grace=20):
 class Server:
     """A server process of one kind on one Data.fs."""
 
-    def __init__(self, kind, path, queue=100, timeout=120, unix=False):
+    def __init__(self, kind, path, queue=100, timeout=120, unix=False, shared_cache=True):
         self.kind, self.path = kind, path
         self.directory = os.path.dirname(path)
         self.addr = os.path.join(self.directory, "socket") if unix else ("127.0.0.1", free_port())
         log = os.path.join(self.directory, "server.log")
         conf = os.path.join(self.directory, "zeo.conf")
         with open(conf, "w") as f:
-            f.write(SERVER_CONF.format(address=self.addr if unix else "%s:%s" % self.addr, path=path, queue=queue, log=log,
+            extra = "shared-cache-size 0" if kind == "rs" and not shared_cache else ""
+            f.write(SERVER_CONF.format(extra=extra, address=self.addr if unix else "%s:%s" % self.addr, path=path, queue=queue, log=log,
                                        blobs=os.path.join(self.directory, "blobs")))
         self.log = open(log + ".out", "wb")
         started = time.perf_counter_ns()
@@ -266,12 +268,12 @@ class Bench:
         """One server of each kind, each on its own copy."""
         return {kind: self.server(kind, source, **kw) for kind in KINDS if kind in self.options.kinds}
 
-    def all(self, source):
+    def all(self, source, **kw):
         """Those and the peers beyond ZEO."""
         from . import peers
         made = peers.servers(self, source)
         self.servers += made.values()
-        return {**self.both(source), **made}
+        return {**self.both(source, **kw), **made}
 
     def discard(self, servers):
         for server in servers.values() if isinstance(servers, dict) else servers:

@@ -1,4 +1,7 @@
-"""Loads: cold with 1-16 processes and 1-8 threads, cache hits, prefetch, an application; CPU and memory they cost."""
+"""Loads: cold with 1-16 processes and 1-8 threads, cache hits, prefetch, an application; CPU and memory they cost.
+
+Of the rows that do not say otherwise, every object comes from the server: our clients share no cache (`shared-cache-size 0`).
+"""
 import statistics
 
 from . import data
@@ -9,13 +12,13 @@ def run(bench):
     objects = bench.size(20_000, 200_000)
     source = data.database(bench.data_dir, objects)
     first = data.first_leaf(objects)
-    servers = bench.all(source)
+    servers = bench.all(source, shared_cache=False)
     try:
         for step in bench.steps(cold_one, cold_processes, cold_threads, hits, prefetch, application, client_memory):
             step(bench, servers, first)
     finally:
         bench.discard(servers)
-    for step in bench.steps(cold_unix):
+    for step in bench.steps(cold_unix, shared):
         step(bench, source, first)
 
 
@@ -68,7 +71,7 @@ def cold_threads(bench, servers, first):
 
 def cold_unix(bench, source, first):
     """Both told to use a Unix socket, which zeo-rs does by itself on one machine."""
-    servers = bench.both(source, unix=True)
+    servers = bench.both(source, unix=True, shared_cache=False)
     try:
         for name, processes, threads in (("8 processes", 8, 1), ("1 process with 8 threads", 1, 8)):
             count = bench.size(1000, 4000 if processes > 1 else 16000)
@@ -79,6 +82,47 @@ def cold_unix(bench, source, first):
             bench.alternate("loads", f"cold loads, {name}, Unix socket configured", "1/s", measure, bench.pairs(), better="higher")
     finally:
         bench.discard(servers)
+
+
+def shared(bench, source, first):
+    """As zeo-rs comes: clients of one machine find what another one has loaded."""
+    servers = bench.both(source)
+    try:
+        loaded_together(bench, servers, first)
+        loaded_before(bench, servers, first)
+    finally:
+        bench.discard(servers)
+
+
+def loaded_together(bench, servers, first):
+    """A site starts: all processes load the same objects, each in its own order, and nobody has loaded them before."""
+    count, processes = bench.size(500, 8000), 8
+    fresh = {}
+
+    def measure(client, server):
+        start = fresh[client, server] = fresh.get((client, server), first - count) + count
+        before = []
+        jobs = [("loads.cold", {"first": start, "count": count, "seed": i}) for i in range(processes)]
+        reports = bench.run(client, servers[server], jobs, during=lambda: before.append(servers[server].cpu()))
+        total = sum(r["count"] for r in reports)
+        return {"": throughput(reports), "server CPU": (servers[server].cpu() - before[0]) / total * 1e6}
+    bench.alternate("loads", f"{processes} processes load the same objects for the first time", {"": "1/s", "server CPU": "us/load"}, measure,
+                    bench.pairs(), better={"": "higher"}, target={"": ">= 10x", "server CPU": "<= 1/10"})
+
+
+def loaded_before(bench, servers, first):
+    count = bench.size(1000, 4000)
+    for client, server in bench.pairs():
+        bench.run(client, servers[server], [("loads.cold", {"first": first, "count": 8 * count})])
+    for processes in (1, 8):
+        def measure(client, server):
+            before = []
+            jobs = [("loads.cold", {"first": first + i * count, "count": count, "seed": i}) for i in range(processes)]
+            reports = bench.run(client, servers[server], jobs, during=lambda: before.append(servers[server].cpu()))
+            total = sum(r["count"] for r in reports)
+            return {"": throughput(reports), "server CPU": (servers[server].cpu() - before[0]) / total * 1e6}
+        bench.alternate("loads", f"{processes} process{'es' * (processes > 1)} loading what another client has loaded",
+                        {"": "1/s", "server CPU": "us/load"}, measure, bench.pairs(), better={"": "higher"})
 
 
 def hits(bench, servers, first):
