@@ -3,9 +3,9 @@
 //! To tell it is Python code: it takes the GIL, and locks of the database. So it waits for its turn here, and reading goes on meanwhile as
 //! far as nobody can tell the difference ([`News::holds_up`]). Who tells it?
 //! - The background thread, which no caller waits for with a lock of the database in its hands.
-//! - A caller that reads the socket and comes to a message that has to wait for it. It would sleep until the background thread
-//!   has done it, with whatever locks it holds; doing it itself saves two thread switches. Not the main thread: Python runs signal handlers there, in the
-//!   middle of any Python code, and a Ctrl-C inside `db.invalidate` would lose an invalidation.
+//! - A caller that reads the socket and comes to a message that has to wait for it, with its own answer behind. It would sleep until
+//!   the background thread has done it, with whatever locks it holds; doing it itself saves two thread switches. Not the main thread:
+//!   Python runs signal handlers there, in the middle of any Python code, and a Ctrl-C inside `db.invalidate` would lose an invalidation.
 //!
 //! Cost: a push, one lock; telling, one lock, and one attachment to the interpreter for all that waits.
 
@@ -83,8 +83,11 @@ impl News {
 
     /// Tells all of it, for the background thread; when it returns, nobody else is at it either.
     pub(super) fn tell(&self) {
-        let telling = self.telling.lock().unwrap_or_else(PoisonError::into_inner);
-        self.tell_all(&telling);
+        // Poisoned: a caller's thread has panicked in it, which ends the connection. The next one would move the last tid over what
+        // the database may not have heard of.
+        if let Ok(telling) = self.telling.lock() {
+            self.tell_all(&telling);
+        }
     }
 
     /// As [`Self::tell`], on a caller's thread. False: not all of it, it is the background thread's.

@@ -627,6 +627,122 @@ def test_another_thread_can_abort_and_load_behind_an_upload_that_is_not_read(tmp
                 server.process.send_signal(signal.SIGCONT)
 
 
+class Together(Proxy):
+    """A proxy that lets go at once all it held up."""
+
+    def _copy(self, source, target, upwards):
+        if upwards:
+            return super()._copy(source, target, upwards)
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                self._lets_pass.wait()
+                with contextlib.suppress(BlockingIOError):
+                    data += source.recv(65536, socket.MSG_DONTWAIT)
+                target.sendall(data)
+            target.shutdown(socket.SHUT_RDWR)
+
+
+class Told:
+    """A database that notes of what it is told, and on which thread."""
+
+    def __init__(self, error=None):
+        self.told, self.threads, self._error = [], set(), error
+
+    def invalidate(self, tid, oids):
+        self.threads.add(threading.current_thread())
+        if self._error is not None:
+            raise self._error
+        self.told.append(tid)
+
+    def invalidateCache(self):
+        self.threads.add(threading.current_thread())
+        self.told.append("cache")
+
+
+def commits_behind_invalidations(server, db, enough):
+    """Rounds of a commit whose vote is answered behind the invalidation by another client's, until there were enough."""
+    with Together(server.address) as proxy, opened(proxy.address) as storage, opened(server.address) as other:
+        oid, mine = other.new_oid(), storage.new_oid()
+        tid = own = z64
+        storage.ping()
+        storage._db = db
+        for number in range(50):
+            proxy.hold()
+            tid = commit(other, (oid, tid, b"%d" % number))
+            sent = proxy.sent
+
+            def let_go(sent=sent):
+                try:
+                    until(lambda: proxy.sent > sent, "the vote")
+                finally:
+                    proxy.release()
+
+            letting_go = threading.Thread(target=let_go)
+            letting_go.start()
+            own = commit(storage, (mine, own, b"%d" % number))
+            told = db.told.copy()
+            assert storage.lastTransaction() == own > tid
+            letting_go.join()
+            yield tid, told
+            if enough():
+                return
+
+
+def on_a_thread(work):
+    """Runs it on a thread of its own; raises what it raises."""
+    raised = []
+
+    def run():
+        try:
+            work()
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    if raised:
+        raise raised[0]
+
+
+def test_a_thread_that_waits_behind_an_invalidation_tells_the_database(server):
+    db = Told()
+
+    def work():
+        expected = []
+        for tid, told in commits_behind_invalidations(server, db, lambda: threading.current_thread() in db.threads):
+            expected.append(tid)
+            assert told == expected
+        assert threading.current_thread() in db.threads
+
+    on_a_thread(work)
+
+
+def test_the_main_thread_never_tells_the_database(server):
+    assert threading.current_thread() is threading.main_thread()
+    db, expected = Told(), []
+    for tid, told in commits_behind_invalidations(server, db, lambda: len(db.told) == 20):
+        expected.append(tid)
+        assert told == expected
+    assert len(expected) == 20 and threading.main_thread() not in db.threads
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
+def test_a_database_that_fails_on_a_callers_thread_forgets_everything(server, error):
+    """That thread's commit has nothing to do with it."""
+    db = Told(error)
+
+    def work():
+        for number, (_, told) in enumerate(
+            commits_behind_invalidations(server, db, lambda: threading.current_thread() in db.threads), 1
+        ):
+            assert told == ["cache"] * number
+        assert threading.current_thread() in db.threads
+
+    on_a_thread(work)
+
+
 def test_one_deadline_for_everything_that_closing_waits_for(server, tmp_path, monkeypatch):
     """A callback that does not return, and a check of the blobs that does not."""
     from zeo_rs import blobcache

@@ -9,6 +9,7 @@ use std::net::TcpListener;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
+use std::thread::ThreadId;
 use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
@@ -40,6 +41,8 @@ type Hook = Box<dyn Fn(&Told) + Send + Sync>;
 struct Recorder {
     sender: Mutex<Sender<Told>>,
     hook: Hook,
+    /// Whether it may be told of invalidations on a caller's thread.
+    here: bool,
 }
 
 impl Recorder {
@@ -52,6 +55,9 @@ impl Recorder {
 impl DatabaseCallbacks for Recorder {
     fn invalidate(&self, tid: Tid, oids: &[Oid]) {
         self.tell(Told::Invalidate(tid, oids.to_vec()));
+    }
+    fn may_be_told_here(&self) -> bool {
+        self.here
     }
     fn invalidate_cache(&self) {
         self.tell(Told::InvalidateCache);
@@ -78,8 +84,12 @@ impl TestClient {
     }
 
     fn with_hook(options: Options, hook: Hook) -> Self {
+        Self::told_here(options, true, hook)
+    }
+
+    fn told_here(options: Options, here: bool, hook: Hook) -> Self {
         let (sender, told) = channel();
-        let callbacks = Arc::new(Recorder { sender: Mutex::new(sender), hook });
+        let callbacks = Arc::new(Recorder { sender: Mutex::new(sender), hook, here });
         let client = Client::new(options, callbacks).unwrap();
         client.connect().unwrap();
         Self { client, told }
@@ -475,6 +485,235 @@ fn a_load_does_not_wait_for_the_database() {
             });
         });
     }
+}
+
+/// Of what, and on which thread, a database was told, in order.
+#[derive(Clone, Default)]
+struct Threads(Arc<Mutex<Vec<(Told, ThreadId)>>>);
+
+impl Threads {
+    fn note(&self, told: &Told) {
+        self.0.lock().unwrap().push((told.clone(), std::thread::current().id()));
+    }
+
+    /// The background thread, which tells of connections.
+    fn background(&self) -> ThreadId {
+        let noted = self.0.lock().unwrap();
+        noted.iter().find(|(told, _)| matches!(told, Told::Connected(_))).unwrap().1
+    }
+
+    /// The invalidations by transactions after `tid`.
+    fn since(&self, tid: Tid) -> Vec<(Tid, ThreadId)> {
+        let noted = self.0.lock().unwrap();
+        let invalidation = |(told, thread): &(Told, ThreadId)| match told {
+            Told::Invalidate(of, _) if *of > tid => Some((*of, *thread)),
+            _ => None,
+        };
+        noted.iter().filter_map(invalidation).collect()
+    }
+}
+
+/// Who reads is a race, which the caller wins most of the time: this often without is no bad luck.
+const ROUNDS: u64 = 200;
+
+/// A caller whose answer stands behind invalidations: rounds of a call that two of them come before. `then`, if it wants no more,
+/// gets the thread of the call and the two invalidations.
+fn calls_behind_invalidations(
+    encoding: Encoding,
+    here: bool,
+    mut then: impl FnMut(&Threads, ThreadId, &[(Tid, ThreadId)]) -> bool,
+) {
+    let server = FakeServer::new(encoding);
+    std::thread::scope(|scope| {
+        let peer = scope.spawn(|| server.serve(Tid(10)));
+        let threads = Threads::default();
+        let noting = threads.clone();
+        let test = TestClient::told_here(server.options(), here, Box::new(move |told| noting.note(told)));
+        test.client.wait_connected(PATIENCE).unwrap();
+        let mut peer = peer.join().unwrap();
+        for round in 0..ROUNDS {
+            let before = Tid(10 + 2 * round);
+            let (first, second) = (Tid(before.0 + 1), Tid(before.0 + 2));
+            let (client, noted) = (test.client.clone(), threads.clone());
+            let pinging = scope.spawn(move || {
+                client.read("ping", &Call::Ping).unwrap();
+                // As of the moment it returned.
+                (client.last_tid(), noted.since(before))
+            });
+            let caller = pinging.thread().id();
+            let id = peer.expect(|call| matches!(call, Call::Ping));
+            let mut bytes = peer.invalidation_bytes(first, &[Oid(1)]);
+            bytes.extend_from_slice(&peer.invalidation_bytes(second, &[Oid(2)]));
+            encode_reply(encoding, &id, &Value::None, &mut bytes).unwrap();
+            peer.write(&bytes);
+            let (last_tid, told) = pinging.join().unwrap();
+            assert_eq!(last_tid, second);
+            assert_eq!(told.iter().map(|(tid, _)| *tid).collect::<Vec<_>>(), [first, second]);
+            if then(&threads, caller, &told) {
+                return;
+            }
+        }
+        panic!("it did not happen");
+    });
+}
+
+/// Who would have to wait until the database has been told does it itself.
+#[test]
+fn a_caller_tells_the_database_what_its_answer_waits_for() {
+    for encoding in BOTH {
+        calls_behind_invalidations(encoding, true, |threads, caller, told| {
+            let by_whom = told.iter().map(|(_, thread)| *thread).collect::<Vec<_>>();
+            assert!(by_whom.iter().all(|thread| [caller, threads.background()].contains(thread)));
+            by_whom == [caller, caller]
+        });
+    }
+}
+
+/// Python's main thread, say.
+#[test]
+fn a_caller_that_may_not_tell_the_database_waits_for_the_background_thread() {
+    let mut rounds = 0;
+    calls_behind_invalidations(Encoding::Msgpack, false, |threads, _, told| {
+        assert!(told.iter().all(|(_, thread)| *thread == threads.background()), "{told:?}");
+        rounds += 1;
+        rounds == 20
+    });
+}
+
+/// The database is told of one transaction after the other, whoever does it.
+#[test]
+fn a_caller_waits_for_who_is_just_telling() {
+    let server = FakeServer::new(Encoding::Msgpack);
+    let (slow, entered, leave) = slow_database();
+    let threads = Threads::default();
+    let noting = threads.clone();
+    let hook = Box::new(move |told: &Told| {
+        noting.note(told);
+        slow(told);
+    });
+    std::thread::scope(|scope| {
+        let peer = scope.spawn(|| server.serve(Tid(10)));
+        let test = TestClient::with_hook(server.options(), hook);
+        test.client.wait_connected(PATIENCE).unwrap();
+        let mut peer = peer.join().unwrap();
+        // Nobody calls: the background thread reads it.
+        let bytes = peer.invalidation_bytes(Tid(12), &[Oid(1)]);
+        peer.write(&bytes);
+        entered.recv_timeout(PATIENCE).unwrap();
+        let client = test.client.clone();
+        let (returned_tx, returned) = channel();
+        scope.spawn(move || {
+            client.read("ping", &Call::Ping).unwrap();
+            returned_tx.send(client.last_tid()).unwrap();
+        });
+        let id = peer.expect(|call| matches!(call, Call::Ping));
+        let mut bytes = peer.invalidation_bytes(Tid(13), &[Oid(2)]);
+        encode_reply(Encoding::Msgpack, &id, &Value::None, &mut bytes).unwrap();
+        peer.write(&bytes);
+        // Time for a mistake to show.
+        assert!(returned.recv_timeout(Duration::from_millis(50)).is_err());
+        assert_eq!(threads.since(Tid(10)), [(Tid(12), threads.background())]);
+        assert_eq!(test.client.last_tid(), Tid(10));
+        leave.send(()).unwrap();
+        assert_eq!(returned.recv_timeout(PATIENCE).unwrap(), Tid(13));
+        let told: Vec<Tid> = threads.since(Tid(10)).iter().map(|(tid, _)| *tid).collect();
+        assert_eq!(told, [Tid(12), Tid(13)]);
+    });
+}
+
+/// A caller has the answer that it reads for, and holds a lock that the database wants; an answer to somebody else, just behind,
+/// has to wait for the database. That is not the caller's business.
+#[test]
+fn who_has_its_answer_does_not_tell_the_database() {
+    let server = FakeServer::new(Encoding::Msgpack);
+    let threads = Threads::default();
+    let noting = threads.clone();
+    let lock = Arc::new(Mutex::new(None));
+    let wanted = lock.clone();
+    let hook = Box::new(move |told: &Told| {
+        noting.note(told);
+        // Its holder would wait for ever; the test fails instead.
+        if matches!(told, Told::Invalidate(..)) && std::thread::current().name() != Some("holder") {
+            drop(wanted.lock().unwrap());
+        }
+    });
+    std::thread::scope(|scope| {
+        let peer = scope.spawn(|| server.serve(Tid(10)));
+        let test = TestClient::with_hook(server.options(), hook);
+        test.client.wait_connected(PATIENCE).unwrap();
+        let mut peer = peer.join().unwrap();
+        // Who reads is a race, which the first caller wins most of the time.
+        for round in 0..20 {
+            let (tid, oid) = (Tid(11 + round), Oid(100 + round));
+            let (client, held) = (test.client.clone(), lock.clone());
+            let holder = std::thread::Builder::new().name("holder".into());
+            let loading = holder.spawn_scoped(scope, move || {
+                let mut held = held.lock().unwrap();
+                *held = client.load_before(oid, Tid(11)).unwrap();
+            });
+            let loading = loading.unwrap();
+            peer.expect(|call| matches!(call, Call::LoadBefore { .. }));
+            let client = test.client.clone();
+            let pinging = scope.spawn(move || client.read("ping", &Call::Ping).unwrap());
+            let id = peer.expect(|call| matches!(call, Call::Ping));
+            let mut bytes = peer.loaded_bytes(oid, Tid(11), b"data", Tid(5), None);
+            bytes.extend_from_slice(&peer.invalidation_bytes(tid, &[Oid(1)]));
+            encode_reply(Encoding::Msgpack, &id, &Value::None, &mut bytes).unwrap();
+            peer.write(&bytes);
+            let holder = loading.thread().id();
+            loading.join().unwrap();
+            pinging.join().unwrap();
+            assert_eq!(test.client.last_tid(), tid);
+            let told = threads.since(Tid(tid.0 - 1));
+            assert_eq!(told.len(), 1);
+            assert_ne!(told[0], (tid, holder));
+        }
+    });
+}
+
+/// A panic in the database, on a caller's thread: what it may not have heard of is not covered by the last tid, so the next
+/// connection begins with everything being forgotten.
+#[test]
+fn after_a_panic_on_a_callers_thread_nothing_more_is_told() {
+    for _ in 0..ROUNDS {
+        if panics_on_a_callers_thread() {
+            return;
+        }
+    }
+    panic!("it did not happen");
+}
+
+/// False: it was the background thread that told the database, which ends the client.
+fn panics_on_a_callers_thread() -> bool {
+    let server = FakeServer::new(Encoding::Msgpack);
+    let hook: Hook = Box::new(|told| assert!(!matches!(told, Told::Invalidate(Tid(12), _)), "as planned"));
+    std::thread::scope(|scope| {
+        let peer = scope.spawn(|| server.serve(Tid(10)));
+        let test = TestClient::with_hook(server.options(), hook);
+        test.client.wait_connected(PATIENCE).unwrap();
+        test.wait_told(|told| *told == Told::Connected(1));
+        let mut peer = peer.join().unwrap();
+        let client = test.client.clone();
+        let pinging = scope.spawn(move || client.call("pack", &Call::Pack { time: 1.0, wait: true }));
+        let id = peer.expect(|call| matches!(call, Call::Pack { .. }));
+        let mut bytes = peer.invalidation_bytes(Tid(12), &[Oid(1)]);
+        bytes.extend_from_slice(&peer.invalidation_bytes(Tid(13), &[Oid(2)]));
+        encode_reply(Encoding::Msgpack, &id, &Value::None, &mut bytes).unwrap();
+        peer.write(&bytes);
+        if pinging.join().is_ok() {
+            return false;
+        }
+        let _peer = server.serve(Tid(13));
+        let mut told = Vec::new();
+        test.wait_told(|one| {
+            told.push(one.clone());
+            *one == Told::Connected(2)
+        });
+        assert_eq!(told[..2], [Told::Disconnected, Told::InvalidateCache], "{told:?}");
+        test.client.wait_connected(PATIENCE).unwrap();
+        assert_eq!(test.client.last_tid(), Tid(13));
+        true
+    })
 }
 
 /// What was read before the connection was lost is told before the next one is used.
