@@ -184,12 +184,9 @@ impl Connection {
     ///
     /// Of a current revision, and as of a tid that the server has published: what comes later has a later tid. Invalidations on
     /// their way may end it; they come to the cache after it, or it does not enter the cache.
-    /// Cost: two `pread`, two short locks, one allocation.
+    /// Cost: two `pread`, three short locks, one allocation.
     pub(super) fn load_from_shelf(&self, oid: Oid, before: Tid) -> Option<Loaded> {
         let shelf = self.shelf.as_ref()?;
-        if self.is_dead() {
-            return None;
-        }
         // As the cache, it knows nothing of what the database has not been told of.
         let before = before.min(self.core.last_tid_now().next());
         let ticket = self.core.cache.ticket(oid);
@@ -198,7 +195,13 @@ impl Connection {
             return None;
         }
         let data = Bytes::from(data);
-        self.core.cache.store_current(ticket, oid, tid, &data);
+        {
+            // Of a server that is gone the shelf stays as it was, while others commit to the next one. So it counts only if the
+            // connection lasted until now; and what enters the cache is there before it ends, and is verified with the rest.
+            let shared = self.shared();
+            shared.check().ok()?;
+            self.core.cache.store_current(ticket, oid, tid, &data);
+        }
         self.core.shelf_hits.fetch_add(1, Ordering::Relaxed);
         Some(Loaded { data, tid, end_tid: None })
     }
@@ -862,4 +865,90 @@ fn complete_all(waiters: Vec<Arc<Slot>>, answer: &Result<Answer>) {
 
 fn wrong_answer(call: &'static str) -> ClientError {
     ClientError::UnexpectedAnswer { call, problem: "an answer of another kind".into() }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixListener;
+    use std::sync::atomic::AtomicUsize;
+    use std::time::Instant;
+
+    use super::super::core::{DatabaseCallbacks, Session};
+    use super::*;
+    use crate::cache::Cache;
+    use crate::net::Address;
+    use crate::shelf::{FORMAT, Shelf};
+
+    struct Nobody;
+
+    impl DatabaseCallbacks for Nobody {
+        fn invalidate(&self, _: Tid, _: &[Oid]) {}
+        fn invalidate_cache(&self) {}
+        fn connected(&self, _: &Session) {}
+        fn disconnected(&self) {}
+        fn stale_cache(&self) {}
+    }
+
+    /// The next server may know what ended a revision of the last one's shelf, and the cache is verified once.
+    #[test]
+    fn nothing_gets_from_the_shelf_into_the_cache_after_the_end() {
+        const OBJECTS: u64 = 3000;
+        const CAPACITY: u64 = 8 << 20;
+        let shelf = Shelf::new(CAPACITY).unwrap();
+        let reader = || {
+            let descriptor = shelf.reader().try_clone_to_owned().unwrap();
+            ShelfReader::open(descriptor, FORMAT, CAPACITY).unwrap()
+        };
+        drop(reader());
+        for oid in (0..OBJECTS).map(Oid) {
+            shelf.put(shelf.ticket(oid).unwrap(), oid, Tid(5), b"data");
+        }
+        let directory = tempfile::tempdir().unwrap();
+        let address = Address::Unix(directory.path().join("socket"));
+        let Address::Unix(path) = &address else { unreachable!() };
+        let listener = UnixListener::bind(path).unwrap();
+        let mut in_between = 0;
+        for _ in 0..20 {
+            let core = Arc::new(Core::new(Arc::new(Cache::new(16 << 20)), Tid(9), Arc::new(Nobody)));
+            let deadline = Instant::now() + Duration::from_secs(10);
+            let stream = Stream::connect(&address, None, deadline, &AtomicBool::new(false)).unwrap();
+            let _server = listener.accept().unwrap();
+            let connection = Connection {
+                stream,
+                encoding: Encoding::Msgpack,
+                generation: 1,
+                shelf: Some(reader()),
+                news: News::new(Arc::clone(&core)),
+                core: Arc::clone(&core),
+                wake: Arc::new(Wake::new().unwrap()),
+                next_id: AtomicI64::new(1),
+                dead: AtomicBool::new(false),
+                leads: AtomicU64::new(0),
+                shared: Mutex::default(),
+                out: Mutex::default(),
+                written: Condvar::new(),
+                inbox: Mutex::default(),
+            };
+            let loaded = AtomicUsize::new(0);
+            std::thread::scope(|scope| {
+                scope.spawn(|| {
+                    for oid in (0..OBJECTS).map(Oid) {
+                        if connection.load_from_shelf(oid, Tid(10)).is_some() {
+                            loaded.fetch_add(1, Ordering::SeqCst);
+                        }
+                    }
+                });
+                while loaded.load(Ordering::SeqCst) < 100 {
+                    std::hint::spin_loop();
+                }
+                connection.fail(ClientError::disconnected("the server is gone"));
+                let kept = core.cache.len();
+                in_between += usize::from(loaded.load(Ordering::SeqCst) < OBJECTS as usize / 2);
+                std::thread::sleep(Duration::from_millis(5));
+                assert_eq!(core.cache.len(), kept);
+            });
+            assert_eq!(core.cache.len(), loaded.into_inner(), "nor is anything shown that does not");
+        }
+        assert!(in_between > 0, "the end was too late to tell");
+    }
 }

@@ -242,7 +242,9 @@ impl<S: AsyncRead + AsyncWrite + OverSocket + Unpin + Send> Connection<S> {
             if let Some(shelf) = self.session.handed_over.take() {
                 // Who cannot take it now does without.
                 let sent = self.socket.socket().send_with(shelf.reader(), &self.session.out);
-                self.session.out.advance(sent.unwrap_or(0));
+                let sent = sent.unwrap_or(0);
+                self.session.out.advance(sent);
+                self.session.count_traffic(0, sent);
             }
             let rested = self.turn >= TURN;
             if rested {

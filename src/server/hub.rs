@@ -352,8 +352,11 @@ impl Hub {
         put(publication);
     }
 
-    /// After a pack.
+    /// After a pack. What it has dropped is nowhere to be found any more.
     pub(crate) fn broadcast_info(&self) {
+        if let Some(shelf) = &self.shelf {
+            shelf.clear();
+        }
         let info = self.info();
         for mailbox in self.registry().listeners.values() {
             mailbox.post(Event::Info(info));

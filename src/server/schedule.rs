@@ -366,3 +366,20 @@ fn loads_that_never_pause_keep_nothing_for_ever() {
     }
     sim.hub.committer.stop();
 }
+
+/// What a pack has dropped is not to be had any more.
+#[test]
+fn a_pack_leaves_nothing_on_the_shelf() {
+    let mut sim = Sim::new(1);
+    sim.connect();
+    sim.commit_below();
+    sim.clients[0].session.listen();
+    let on_shelf = |sim: &Sim| (0..OBJECTS).filter(|oid| sim.shelf.load(Oid(*oid)).is_some()).count();
+    for _ in 0..100 {
+        sim.load(0);
+    }
+    assert!(on_shelf(&sim) > 0);
+    sim.hub.broadcast_info();
+    assert_eq!(on_shelf(&sim), 0);
+    sim.hub.committer.stop();
+}

@@ -10,10 +10,11 @@
 //! | part | bytes | what |
 //! | --- | --- | --- |
 //! | bucket | 128 | four entries; which bucket: [`Layout::bucket`] of the oid |
-//! | entry | 32 | oid (u64), tid (u64), position of the data in the file (u64), its length (u32), CRC-32 of these 28 bytes and the data; integers little-endian; length 0: empty |
-//! | ring | the rest | data, one after the other, over and over again; never split |
+//! | entry | 32 | oid (u64), tid (u64), position in the file (u64), length of the data (u32), CRC-32 of these 28 bytes and the data; integers little-endian; length 0: empty |
+//! | ring | the rest | label (oid and tid as in the entry, 16 bytes) and data, one after the other, over and over again; never split |
 //!
-//! What is being written while it is read, or has been overwritten since, does not match its checksum, and is not there.
+//! What has been overwritten since has another label, what is being written while it is read does not match its checksum; both are not
+//! there. (Entries whose data is overwritten stay: a busy shelf has many, and a checksum that fits by chance must not be enough.)
 //!
 //! # What it promises
 //! An entry that a reader finds was current at some moment after the reader began: it is taken away before anybody is told of the
@@ -34,6 +35,8 @@ pub(crate) const FORMAT: u64 = 1;
 /// Larger data is not put there.
 const MAX_DATA: usize = 64 << 10;
 const ENTRY: usize = 32;
+/// Before the data.
+const LABEL: usize = 16;
 const WAYS: usize = 4;
 const BUCKET: usize = WAYS * ENTRY;
 /// The table is about a sixteenth of it all: room for an entry for each 512 bytes.
@@ -109,6 +112,12 @@ impl Entry {
             rest = after;
         }
         bytes
+    }
+
+    /// What its data begins with.
+    fn label(&self) -> [u8; LABEL] {
+        let [oid, tid] = [self.oid.0, self.tid.0].map(u64::to_le_bytes);
+        std::array::from_fn(|i| if i < 8 { oid[i] } else { tid[i - 8] })
     }
 
     fn decode(bytes: &[u8; ENTRY]) -> Self {

@@ -1,10 +1,13 @@
 //! [`ShelfReader`]: the client's side.
 
 use std::fs::File;
+use std::io::IoSliceMut;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 
-use super::{BUCKET, ENTRY, Entry, FORMAT, Layout, MAX_DATA};
+use rustix::io::preadv;
+
+use super::{BUCKET, ENTRY, Entry, FORMAT, LABEL, Layout, MAX_DATA};
 use crate::ids::{Oid, Tid};
 
 /// See the module documentation.
@@ -18,9 +21,7 @@ impl ShelfReader {
     /// The shelf of a server that says it has this format and capacity; `None` if it is none.
     pub(crate) fn open(file: OwnedFd, format: u64, capacity: u64) -> Option<Self> {
         let file = File::from(file);
-        // Anything else might keep a reader waiting.
-        let is_file = file.metadata().is_ok_and(|metadata| metadata.is_file());
-        let layout = Layout::new(capacity).filter(|_| is_file && format == FORMAT)?;
+        let layout = Layout::new(capacity).filter(|_| format == FORMAT && is_in_memory(&file))?;
         Some(Self { file, layout })
     }
 
@@ -35,8 +36,23 @@ impl ShelfReader {
         if length > MAX_DATA {
             return None;
         }
-        let mut data = vec![0; length];
-        self.file.read_exact_at(&mut data, entry.position).ok()?;
-        (entry.checksum_of(&data) == entry.checksum).then_some((entry.tid, data))
+        let (mut label, mut data) = ([0; LABEL], vec![0; length]);
+        let mut parts = [IoSliceMut::new(&mut label), IoSliceMut::new(&mut data)];
+        let read = preadv(&self.file, &mut parts, entry.position).ok()?;
+        let is_whole = read == LABEL + length && label == entry.label();
+        (is_whole && entry.checksum_of(&data) == entry.checksum).then_some((entry.tid, data))
     }
+}
+
+/// Anything else might keep a reader waiting: a device, also a regular file of a file system that has gone away.
+#[cfg(target_os = "linux")]
+fn is_in_memory(file: &File) -> bool {
+    const TMPFS: u64 = 0x0102_1994;
+    let is_file = file.metadata().is_ok_and(|metadata| metadata.is_file());
+    is_file && rustix::fs::fstatfs(file).is_ok_and(|system| u64::try_from(system.f_type) == Ok(TMPFS))
+}
+
+#[cfg(not(target_os = "linux"))]
+fn is_in_memory(_: &File) -> bool {
+    false
 }

@@ -75,6 +75,10 @@ fn only_the_server_writes_and_only_shelves_are_read() {
     assert!(ShelfReader::open(descriptor(), FORMAT, u64::MAX).is_none());
     let (socket, _) = std::os::unix::net::UnixStream::pair().unwrap();
     assert!(ShelfReader::open(socket.into(), FORMAT, CAPACITY).is_none(), "no file");
+    // A file, but not in memory: reading some of them does not end.
+    let file = File::open("/proc/self/status").unwrap();
+    assert!(file.metadata().unwrap().is_file());
+    assert!(ShelfReader::open(file.into(), FORMAT, CAPACITY).is_none(), "elsewhere");
     // Larger than it is: what is missing is not there.
     let reader = ShelfReader::open(descriptor(), FORMAT, 1 << 30).unwrap();
     assert_eq!(reader.load(Oid(1)), None);
@@ -110,6 +114,36 @@ fn a_full_shelf_forgets_and_never_mixes_up() {
         }
     }
     assert!(found > 10_000, "{found}");
+}
+
+/// A checksum of four bytes fits by chance, sooner or later, if entries whose data is overwritten are asked for all the time.
+#[test]
+fn what_was_overwritten_is_not_there_whatever_its_checksum() {
+    let (shelf, reader) = shelf();
+    let data = *b"data of one";
+    put(&shelf, 1, 10, &data);
+    assert!(reader.load(Oid(1)).is_some());
+    // Others' data that has the same checksum: they differ by the polynomial, 33 bits.
+    let mut other = data;
+    for bit in (0..33).filter(|bit| 0x1_04c1_1db7_u64 >> (32 - bit) & 1 == 1) {
+        other[bit / 8] ^= 1 << (bit % 8);
+    }
+    let entry = |oid, data: &[u8]| Entry::new(Oid(oid), Tid(10), 0, data);
+    assert_eq!(entry(1, &data).checksum, entry(1, &other).checksum);
+    shelf.overwrite(0, &[&entry(2, &other).label()[..], &other].concat());
+    assert_eq!(reader.load(Oid(1)), None);
+}
+
+/// A commit of a million objects takes them all away; loads go on meanwhile.
+#[test]
+fn a_load_does_not_wait_for_the_shelf() {
+    let (shelf, reader) = shelf();
+    let busy = shelf.busy();
+    put(&shelf, 1, 10, b"one");
+    drop(busy);
+    assert_eq!(reader.load(Oid(1)), None);
+    put(&shelf, 1, 10, b"one");
+    assert!(reader.load(Oid(1)).is_some());
 }
 
 /// Objects change all the time: a reader never finds what had been ended before it began, nor halves of two revisions.

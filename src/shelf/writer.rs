@@ -5,9 +5,9 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
 
-use super::{BUCKET, ENTRY, Entry, Layout, MAX_DATA, WAYS};
+use super::{BUCKET, ENTRY, Entry, LABEL, Layout, MAX_DATA, WAYS};
 use crate::ids::{Oid, Tid};
 
 /// Counters of changes; objects share them.
@@ -34,6 +34,8 @@ struct State {
     entries: Vec<Entry>,
     /// Where the next data goes, in a ring without an end.
     head: u64,
+    /// To put a label before the data.
+    buffer: Vec<u8>,
     /// Nothing is put there any more: what was there could not be taken away otherwise.
     broken: bool,
 }
@@ -51,8 +53,8 @@ impl Shelf {
         let layout = Layout::new(capacity).ok_or(io::ErrorKind::InvalidInput)?;
         let (file, for_readers) = file_in_memory()?;
         file.set_len(capacity)?;
-        let state =
-            State { entries: vec![Entry::default(); layout.buckets() * WAYS], head: 0, broken: false };
+        let entries = vec![Entry::default(); layout.buckets() * WAYS];
+        let state = State { entries, head: 0, buffer: Vec::new(), broken: false };
         Ok(Self {
             file,
             for_readers,
@@ -85,21 +87,26 @@ impl Shelf {
         self.is_read.load(Ordering::Relaxed).then(|| Ticket(self.epoch(oid).load(Ordering::SeqCst)))
     }
 
-    /// `oid` is, or was when the ticket was taken, at `tid`, with this data. Not put there if it has changed since.
+    /// `oid` is, or was when the ticket was taken, at `tid`, with this data. Not put there if it has changed since, nor if somebody
+    /// else is just at it: a load waits for nobody, least of all for the removal of a million objects.
     ///
-    /// Cost: one mutex; two `pwrite` if it is not there yet.
+    /// Cost: one mutex; two `pwrite` and a copy if it is not there yet.
     pub(crate) fn put(&self, ticket: Ticket, oid: Oid, tid: Tid, data: &[u8]) {
         if data.is_empty() || data.len() > MAX_DATA {
             return;
         }
-        let mut state = self.state();
+        let mut state = match self.state.try_lock() {
+            Ok(state) => state,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => return,
+        };
         // First say that there may be something, then look whether it has changed; `remove` does it the other way around.
         self.is_filled.store(true, Ordering::SeqCst);
         if state.broken || self.epoch(oid).load(Ordering::SeqCst) != ticket.0 {
             return;
         }
         let size = self.layout.capacity - self.layout.ring();
-        let length = data.len() as u64;
+        let length = (LABEL + data.len()) as u64;
         let bucket = self.layout.bucket(oid);
         let Some(entries) = state.entries.get(bucket * WAYS..(bucket + 1) * WAYS) else { return };
         let is_there = |entry: &Entry, head: u64| entry.length > 0 && head - entry.position <= size;
@@ -119,10 +126,15 @@ impl Shelf {
         let position = self.layout.ring() + begin % size;
         let entry = Entry::new(oid, tid, position, data);
         let place = bucket * WAYS + way;
+        let mut buffer = std::mem::take(&mut state.buffer);
+        buffer.clear();
+        buffer.extend_from_slice(&entry.label());
+        buffer.extend_from_slice(data);
         let written = self
             .file
-            .write_all_at(data, position)
+            .write_all_at(&buffer, position)
             .and_then(|()| self.file.write_all_at(&entry.encode(), (place * ENTRY) as u64));
+        state.buffer = buffer;
         state.head = begin + length;
         if let Some(known) = state.entries.get_mut(place) {
             *known = Entry { position: begin, ..entry };
@@ -190,6 +202,19 @@ impl Shelf {
 
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+impl Shelf {
+    /// As what is put later does, at a place of the ring.
+    pub(super) fn overwrite(&self, at: u64, bytes: &[u8]) {
+        self.file.write_all_at(bytes, self.layout.ring() + at).unwrap();
+    }
+
+    /// While it lives, somebody is at it.
+    pub(super) fn busy(&self) -> impl Sized + '_ {
+        self.state()
     }
 }
 
