@@ -30,7 +30,7 @@ pub(crate) struct Shelf {
 }
 
 struct State {
-    /// What the table says; the position is where the data began in a ring without an end.
+    /// What the table says, once there is something; the position is where the data began in a ring without an end.
     entries: Vec<Entry>,
     /// Where the next data goes, in a ring without an end.
     head: u64,
@@ -53,8 +53,7 @@ impl Shelf {
         let layout = Layout::new(capacity).ok_or(io::ErrorKind::InvalidInput)?;
         let (file, for_readers) = file_in_memory()?;
         file.set_len(capacity)?;
-        let entries = vec![Entry::default(); layout.buckets() * WAYS];
-        let state = State { entries, head: 0, buffer: Vec::new(), broken: false };
+        let state = State { entries: Vec::new(), head: 0, buffer: Vec::new(), broken: false };
         Ok(Self {
             file,
             for_readers,
@@ -104,6 +103,9 @@ impl Shelf {
         self.is_filled.store(true, Ordering::SeqCst);
         if state.broken || self.epoch(oid).load(Ordering::SeqCst) != ticket.0 {
             return;
+        }
+        if state.entries.is_empty() {
+            state.entries = vec![Entry::default(); self.layout.buckets() * WAYS];
         }
         let size = self.layout.capacity - self.layout.ring();
         let length = (LABEL + data.len()) as u64;
