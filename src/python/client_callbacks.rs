@@ -85,9 +85,11 @@ impl DatabaseCallbacks for Callbacks {
         if let Some((_, is_main)) = IS_MAIN.get().filter(|(process, _)| process.is_here()) {
             return !is_main;
         }
+        // `main_thread()` and `ident` are Python code: a signal handler could run in it, what it raises would be lost, and
+        // it must not use the storage while this thread is its reader.
         let is_main = Python::try_attach(|py| -> PyResult<bool> {
             let threading = py.import("threading")?;
-            let main = threading.call_method0("main_thread")?.getattr("ident")?;
+            let main = threading.getattr("_main_thread")?.getattr("_ident")?;
             threading.call_method0("get_ident")?.eq(main)
         });
         // Unknown (the interpreter ends) is as good as main, and asked again.

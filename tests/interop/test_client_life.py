@@ -659,9 +659,10 @@ class Told:
         self.told.append("cache")
 
 
-def commits_behind_invalidations(server, db, enough):
-    """Rounds of a commit whose vote is answered behind the invalidation by another client's, until there were enough."""
-    with Together(server.address) as proxy, opened(proxy.address) as storage, opened(server.address) as other:
+def commits_behind_invalidations(address, db, enough, meanwhile=lambda: None):
+    """Rounds of a commit whose vote is answered behind the invalidation by another client's, until there were enough; another thread
+    does something `meanwhile`."""
+    with Together(address) as proxy, opened(proxy.address) as storage, opened(address) as other:
         oid, mine = other.new_oid(), storage.new_oid()
         tid = own = z64
         storage.ping()
@@ -674,6 +675,7 @@ def commits_behind_invalidations(server, db, enough):
             def let_go(sent=sent):
                 try:
                     until(lambda: proxy.sent > sent, "the vote")
+                    meanwhile()
                 finally:
                     proxy.release()
 
@@ -710,7 +712,7 @@ def test_a_thread_that_waits_behind_an_invalidation_tells_the_database(server):
 
     def work():
         expected = []
-        for tid, told in commits_behind_invalidations(server, db, lambda: threading.current_thread() in db.threads):
+        for tid, told in commits_behind_invalidations(server.address, db, lambda: threading.current_thread() in db.threads):
             expected.append(tid)
             assert told == expected
         assert threading.current_thread() in db.threads
@@ -721,7 +723,7 @@ def test_a_thread_that_waits_behind_an_invalidation_tells_the_database(server):
 def test_the_main_thread_never_tells_the_database(server):
     assert threading.current_thread() is threading.main_thread()
     db, expected = Told(), []
-    for tid, told in commits_behind_invalidations(server, db, lambda: len(db.told) == 20):
+    for tid, told in commits_behind_invalidations(server.address, db, lambda: len(db.told) == 20):
         expected.append(tid)
         assert told == expected
     assert len(expected) == 20 and threading.main_thread() not in db.threads
@@ -735,12 +737,40 @@ def test_a_database_that_fails_on_a_callers_thread_forgets_everything(server, er
 
     def work():
         for number, (_, told) in enumerate(
-            commits_behind_invalidations(server, db, lambda: threading.current_thread() in db.threads), 1
+            commits_behind_invalidations(server.address, db, lambda: threading.current_thread() in db.threads), 1
         ):
             assert told == ["cache"] * number
         assert threading.current_thread() in db.threads
 
     on_a_thread(work)
+
+
+def test_no_signal_is_lost_where_the_main_thread_waits_behind_an_invalidation(server):
+    """Its handler runs when the call has returned: in there it could not raise, nor use the storage."""
+    # in a process of its own, where nobody has asked yet which thread is the main one
+    out, _ = python(
+        """
+        import signal, sys, threading
+        sys.path.insert(0, sys.argv[3])
+        from test_client_life import Told, commits_behind_invalidations
+        class Alarm(Exception):
+            pass
+        def handler(number, frame):
+            raise Alarm
+        signal.signal(signal.SIGUSR1, handler)
+        def meanwhile():
+            # taken by this thread: it interrupts no system call of the main one, which is to run the handler
+            signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)
+        try:
+            for _ in commits_behind_invalidations((sys.argv[1], int(sys.argv[2])), Told(), lambda: True, meanwhile):
+                print("lost")
+        except Alarm:
+            print("raised")
+        """,
+        *server.address,
+        os.path.dirname(__file__),
+    )
+    assert out == "raised\n"
 
 
 def test_one_deadline_for_everything_that_closing_waits_for(server, tmp_path, monkeypatch):
