@@ -85,6 +85,12 @@ impl DatabaseCallbacks for Callbacks {
         if let Some((_, is_main)) = IS_MAIN.get().filter(|(process, _)| process.is_here()) {
             return !is_main;
         }
+        // The system's main thread, too: gevent runs there what calls itself threads.
+        #[cfg(target_os = "linux")]
+        if rustix::thread::gettid() == rustix::process::getpid() {
+            IS_MAIN.set(Some((Owner::here(), true)));
+            return false;
+        }
         // `main_thread()` and `ident` are Python code: a signal handler could run in it, what it raises would be lost, and
         // it must not use the storage while this thread is its reader.
         let is_main = Python::try_attach(|py| -> PyResult<bool> {

@@ -12,17 +12,17 @@
 //!
 //! Cost of a finish beside the engine's: one put for each registered connection, and one wake-up of it a group. Alone: the
 //! connection's thread hands its other tasks to another thread of the runtime (one futex wake), which is not waited for. In
-//! company: one channel send, and a thread switch there and back a group.
+//! company: one push into a queue, and a thread switch there and back a group.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use tokio::task::block_in_place;
 
+use super::gather::{Patience, Queue};
 use super::hub::{Hub, count};
 use super::locks::LockGuard;
 use super::mailbox::{Event, Mailbox};
@@ -71,25 +71,40 @@ pub(crate) struct Committer {
     held: AtomicUsize,
     /// Held while a group is gathered and finished: whose turn it is to commit.
     turn: Mutex<Patience>,
-    jobs: Mutex<Option<Sender<FinishJob>>>,
+    jobs: Queue<FinishJob>,
     thread: Mutex<Option<JoinHandle<()>>>,
 }
 
-/// The committer's thread, before it is started (it needs the hub that owns its [`Committer`]).
-pub(crate) struct CommitterThread(Receiver<FinishJob>);
-
 impl Committer {
-    pub(crate) fn new() -> (Self, CommitterThread) {
-        let (sender, receiver) = channel();
-        (
-            Self {
-                held: AtomicUsize::new(0),
-                turn: Mutex::default(),
-                jobs: Mutex::new(Some(sender)),
-                thread: Mutex::new(None),
-            },
-            CommitterThread(receiver),
-        )
+    /// To be started.
+    pub(crate) fn new() -> Self {
+        Self {
+            held: AtomicUsize::new(0),
+            turn: Mutex::default(),
+            jobs: Queue::default(),
+            thread: Mutex::new(None),
+        }
+    }
+
+    /// Starts the thread of `hub`'s committer.
+    ///
+    /// # Errors
+    /// The system's.
+    pub(crate) fn start(hub: &Arc<Hub>) -> Result<()> {
+        let name = format!("zeo commit {}", hub.id);
+        let owner = Arc::clone(hub);
+        let run = move || {
+            let committer = &owner.committer;
+            while committer.jobs.wait() {
+                let mut patience = committer.turn.lock().unwrap_or_else(PoisonError::into_inner);
+                let group = committer.jobs.gather(&mut patience, &committer.held);
+                patience.measure(|| finish(&owner, group));
+            }
+        };
+        let thread = std::thread::Builder::new().name(name).spawn(run);
+        let thread = thread.map_err(|error| StorageError::io("cannot start the committer thread", error))?;
+        *hub.committer.thread.lock().unwrap_or_else(PoisonError::into_inner) = Some(thread);
+        Ok(())
     }
 
     /// Finishes `job` here and now if nobody else is about to commit; gives it back otherwise. Blocks for the sync, either
@@ -119,93 +134,17 @@ impl Committer {
 
     /// Queues a finish; `reply` will be called whatever happens, unless the connection ends first.
     pub(crate) fn submit(&self, job: FinishJob) {
-        let jobs = self.jobs.lock().unwrap_or_else(PoisonError::into_inner);
-        let refused = match &*jobs {
-            Some(sender) => sender.send(job).err().map(|error| error.0),
-            None => Some(job),
-        };
-        drop(jobs);
-        if let Some(job) = refused {
+        if let Err(job) = self.jobs.push(job, self.held.load(Ordering::Relaxed)) {
             refuse(job, &StorageError::Closed);
         }
     }
 
     /// Finishes what was submitted and ends the thread.
     pub(crate) fn stop(&self) {
-        drop(self.jobs.lock().unwrap_or_else(PoisonError::into_inner).take());
+        self.jobs.close();
         let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
         if thread.is_some_and(|thread| thread.join().is_err()) {
             tracing::error!("a committer thread panicked");
-        }
-    }
-}
-
-impl CommitterThread {
-    pub(crate) fn start(self, hub: Arc<Hub>) -> Result<()> {
-        let name = format!("zeo commit {}", hub.id);
-        let owner = Arc::clone(&hub);
-        let run = move || {
-            while let Ok(first) = self.0.recv() {
-                let mut group = vec![first];
-                let mut patience = hub.committer.turn.lock().unwrap_or_else(PoisonError::into_inner);
-                patience.gather(&self.0, &hub.committer.held, &mut group);
-                patience.measure(|| finish(&hub, group));
-            }
-        };
-        let thread = std::thread::Builder::new().name(name).spawn(run);
-        let thread = thread.map_err(|error| StorageError::io("cannot start the committer thread", error))?;
-        *owner.committer.thread.lock().unwrap_or_else(PoisonError::into_inner) = Some(thread);
-        Ok(())
-    }
-}
-
-/// How long the committer waits for transactions that have voted.
-#[derive(Default)]
-struct Patience {
-    /// Moving average of what a group takes.
-    finish: Duration,
-    /// So many voted transactions did not come in time, most likely because their clients hang.
-    absent: usize,
-}
-
-impl Patience {
-    /// Never longer than this, however slow the disk is.
-    const MOST: Duration = Duration::from_millis(5);
-    /// A finish that takes longer than a few loads is not waited for by a connection.
-    const QUICK: Duration = Duration::from_millis(1);
-
-    /// Whether a connection may wait for a finish itself: the requests of its other threads wait as long.
-    fn is_quick(&self) -> bool {
-        !self.finish.is_zero() && self.finish <= Self::QUICK
-    }
-
-    fn measure(&mut self, finish: impl FnOnce()) {
-        let begin = Instant::now();
-        finish();
-        self.took(begin.elapsed());
-    }
-
-    fn took(&mut self, finish: Duration) {
-        self.finish = (self.finish * 7 + finish) / 8;
-    }
-
-    /// Fills `group` with what is there and with what is to be expected at once.
-    fn gather<T>(&mut self, jobs: &Receiver<T>, held: &AtomicUsize, group: &mut Vec<T>) {
-        let until = Instant::now() + self.finish.min(Self::MOST);
-        loop {
-            group.extend(jobs.try_iter());
-            let missing = held.load(Ordering::Relaxed).saturating_sub(group.len());
-            self.absent = self.absent.min(missing);
-            if missing == self.absent {
-                return;
-            }
-            match jobs.recv_timeout(until.saturating_duration_since(Instant::now())) {
-                Ok(job) => group.push(job),
-                Err(_) => {
-                    self.absent = missing;
-                    return;
-                }
-            }
         }
     }
 }
@@ -262,36 +201,4 @@ fn refuse(job: FinishJob, error: &StorageError) {
     let error = error.clone();
     mailbox.post(Event::Continue(Box::new(move |session| reply(session, Err(error)))));
     drop(held);
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_group_takes_what_is_there_and_forgives_who_does_not_come() {
-        let (sender, jobs) = channel();
-        let mut patience = Patience::default();
-        patience.took(Duration::from_millis(8));
-        let held = AtomicUsize::new(3);
-        sender.send(2).unwrap();
-        sender.send(3).unwrap();
-        let mut group = vec![1];
-        patience.gather(&jobs, &held, &mut group);
-        assert_eq!((group.len(), patience.absent), (3, 0));
-        // one has voted and hangs: waited for once
-        held.store(2, Ordering::Relaxed);
-        let mut group = vec![1];
-        patience.gather(&jobs, &held, &mut group);
-        assert_eq!((group.len(), patience.absent), (1, 1));
-        // and not again
-
-        let mut group = vec![1];
-        patience.gather(&jobs, &held, &mut group);
-        assert_eq!((group.len(), patience.absent), (1, 1));
-        // it has gone: the next one that votes is waited for again
-        held.store(1, Ordering::Relaxed);
-        patience.gather(&jobs, &held, &mut vec![1]);
-        assert_eq!(patience.absent, 0);
-    }
 }

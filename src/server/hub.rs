@@ -199,7 +199,6 @@ impl Hub {
             shelf: shelf.clone(),
             held_back: Some(Vec::new()),
         };
-        let (committer, work) = Committer::new();
         let hub = Arc::new(Self {
             name: storage.name(),
             slow_jobs: capabilities.slow_calls.then(|| Arc::new(Semaphore::new(MAX_SLOW_JOBS))),
@@ -209,7 +208,7 @@ impl Hub {
             id,
             storage,
             locks: Arc::default(),
-            committer,
+            committer: Committer::new(),
             stats: Stats::default(),
             rates: Rates::default(),
             pack: PackWatch::default(),
@@ -219,7 +218,7 @@ impl Hub {
             registry: Mutex::new(registry),
             next_listener: AtomicUsize::new(0),
         });
-        work.start(Arc::clone(&hub))?;
+        Committer::start(&hub)?;
         // What is committed below from now on is held back until the tid is known that it comes after.
         hub.storage.subscribe(Arc::new(Below(Arc::downgrade(&hub))));
         let last_tid = hub.storage.last_tid();

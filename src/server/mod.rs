@@ -21,6 +21,7 @@ mod commit;
 mod connection;
 mod cursors;
 mod fault;
+mod gather;
 mod hub;
 pub mod listener;
 mod locks;
