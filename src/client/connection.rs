@@ -545,7 +545,8 @@ impl Connection {
             if slot.is_done() || self.is_dead() {
                 return Lead::Done;
             }
-            if self.news.wants_announcement() {
+            // It would have to wait for that anyway, and keeps nobody else from an answer.
+            if self.news.wants_announcement() && !(self.awaits_one_call() && self.news.tell_here()) {
                 self.wake.wake();
             }
             match self.fill(&mut inbox, false) {
@@ -554,6 +555,12 @@ impl Connection {
                 Filled::Nothing => return Lead::Done,
             }
         }
+    }
+
+    /// Nothing is awaited but the answer to one call, which is no load.
+    fn awaits_one_call(&self) -> bool {
+        let shared = self.shared();
+        shared.calls.len() == 1 && shared.loads.is_empty()
     }
 
     /// For the background thread: tells the database what it has to hear, and applies what is there. Reads nothing if a caller does.
@@ -810,7 +817,8 @@ impl Drop for Role<'_> {
         if let Some(waiter) = next {
             waiter.promote();
         }
-        if self.parked || connection.news.wants_announcement() {
+        // Callers come and go, and the background thread looks in by itself: until then the next caller may have told the news.
+        if self.parked || connection.news.wants_announcement() && !connection.wake.naps() {
             connection.wake.wake();
         }
     }

@@ -50,13 +50,13 @@ impl News {
     /// For the reader, which has told the cache.
     pub(super) fn push(&self, tid: Tid, oids: Vec<Oid>) {
         // First, or who tells it could subtract it before.
-        self.bytes.fetch_add(weight(&oids), Ordering::AcqRel);
+        self.bytes.fetch_add(weight(&oids), Ordering::SeqCst);
         self.queue().push_back((tid, oids));
         self.unannounced.store(true, Ordering::Release);
     }
 
     pub(super) fn is_empty(&self) -> bool {
-        self.bytes.load(Ordering::Acquire) == 0
+        self.bytes.load(Ordering::SeqCst) == 0
     }
 
     /// True, once, if there is something that the background thread has not been asked to tell.

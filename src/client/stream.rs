@@ -338,6 +338,7 @@ pub(super) struct Wake {
     receiver: UnixStream,
     sender: UnixStream,
     pending: AtomicBool,
+    naps: AtomicBool,
 }
 
 impl Wake {
@@ -345,7 +346,7 @@ impl Wake {
         let (receiver, sender) = UnixStream::pair()?;
         receiver.set_nonblocking(true)?;
         sender.set_nonblocking(true)?;
-        Ok(Self { receiver, sender, pending: AtomicBool::new(false) })
+        Ok(Self { receiver, sender, pending: AtomicBool::new(false), naps: AtomicBool::new(false) })
     }
 
     /// One system call, or none if a wake-up is on its way already.
@@ -355,10 +356,18 @@ impl Wake {
         }
     }
 
+    /// Who sleeps here looks at everything afterwards.
     pub(super) fn wait(&self, timeout: Duration) {
+        self.naps.store(true, Ordering::SeqCst);
         if poll_for(&mut [PollFd::new(&self.receiver, PollFlags::IN)], timeout).is_ok() {
             self.drain();
         }
+        self.naps.store(false, Ordering::SeqCst);
+    }
+
+    /// Whether somebody is in [`Self::wait`], and will look by itself at what was done before this call.
+    pub(super) fn naps(&self) -> bool {
+        self.naps.load(Ordering::SeqCst)
     }
 
     fn drain(&self) {
