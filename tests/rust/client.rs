@@ -1173,6 +1173,43 @@ fn a_call_from_a_callback_is_refused() {
     });
 }
 
+/// Who waits long tells the database meanwhile, rather than wake another thread for it.
+#[test]
+fn a_caller_that_waits_for_its_answer_tells_what_comes_before_it() {
+    let server = FakeServer::new(Encoding::Msgpack);
+    std::thread::scope(|scope| {
+        let peer = scope.spawn(|| server.serve(Tid(10)));
+        let told_by = Arc::new(Mutex::new(None));
+        let hook: Hook = {
+            let told_by = told_by.clone();
+            Box::new(move |told| {
+                if matches!(told, Told::Invalidate(..)) {
+                    *told_by.lock().unwrap() = Some(std::thread::current().id());
+                }
+            })
+        };
+        let test = TestClient::with_hook(server.options(), hook);
+        test.client.wait_connected(PATIENCE).unwrap();
+        let mut peer = peer.join().unwrap();
+        let client = test.client.clone();
+        let waiting = scope.spawn(move || client.call("pack", &Call::Pack { time: 1.0, wait: true }));
+        let caller = waiting.thread().id();
+        let id = peer.expect(|call| matches!(call, Call::Pack { .. }));
+        // Who reads first is a race, so not every time; the background thread naps while the caller reads.
+        let deadline = Instant::now() + PATIENCE;
+        let mut tid = Tid(11);
+        while *told_by.lock().unwrap() != Some(caller) {
+            assert!(Instant::now() < deadline, "the caller tells nothing");
+            tid = tid.next();
+            let bytes = peer.invalidation_bytes(tid, &[Oid(1)]);
+            peer.write(&bytes);
+            test.wait_last_tid(tid);
+        }
+        peer.reply(&id, &Value::None);
+        waiting.join().unwrap().unwrap();
+    });
+}
+
 /// A panic in a callback ends the connection, not the waiting.
 #[test]
 fn a_panic_fails_the_waiters() {
@@ -1181,7 +1218,7 @@ fn a_panic_fails_the_waiters() {
         let peer = scope.spawn(|| server.serve(Tid(10)));
         let hook: Hook =
             Box::new(|told| assert!(!matches!(told, Told::Invalidate(Tid(12), _)), "as planned"));
-        let test = TestClient::with_hook(server.options(), hook);
+        let test = TestClient::told_here(server.options(), false, hook);
         test.client.wait_connected(PATIENCE).unwrap();
         let mut peer = peer.join().unwrap();
         let client = test.client.clone();
