@@ -26,6 +26,7 @@ mod hub;
 pub mod listener;
 mod locks;
 mod mailbox;
+mod pack_watch;
 mod reads;
 mod seat;
 mod session;
