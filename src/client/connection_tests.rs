@@ -24,6 +24,7 @@ fn nothing_gets_from_the_shelf_into_the_cache_after_the_end() {
     const OBJECTS: u64 = 3000;
     const CAPACITY: u64 = 8 << 20;
     let shelf = Shelf::new(CAPACITY).unwrap();
+    shelf.prepare();
     let reader = || {
         let descriptor = shelf.reader().try_clone_to_owned().unwrap();
         ShelfReader::open(descriptor, FORMAT, CAPACITY).unwrap()

@@ -86,6 +86,7 @@ impl Sim {
         let shared = Arc::new(Shared::new(ServerConfig::default(), vec![Arc::clone(&hub)], None));
         let runtime = Builder::new_current_thread().build().unwrap();
         let random = Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
+        hub.shelf.as_ref().unwrap().prepare();
         let descriptor = hub.shelf.as_ref().unwrap().reader().try_clone_to_owned().unwrap();
         let shelf = ShelfReader::open(descriptor, shelf::FORMAT, 1 << 20).unwrap();
         let (clients, published) = (Vec::new(), Vec::new());

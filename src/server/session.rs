@@ -179,6 +179,10 @@ impl Session {
     pub(crate) fn offer_shelf(&mut self, hub: &Hub) -> Option<(Value, Value)> {
         let shelf = hub.shelf.as_ref().filter(|_| std::mem::take(&mut self.takes_descriptors))?;
         self.handed_over = Some(Arc::clone(shelf));
+        if shelf.wants_preparation() {
+            let shelf = Arc::clone(shelf);
+            self.runtime.spawn_blocking(move || shelf.prepare());
+        }
         Some(ShelfOffer { format: shelf::FORMAT, capacity: shelf.capacity() }.into_pair())
     }
 

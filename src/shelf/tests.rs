@@ -9,6 +9,8 @@ const CAPACITY: u64 = MIN_CAPACITY;
 
 fn shelf() -> (Shelf, ShelfReader) {
     let shelf = Shelf::new(CAPACITY).unwrap();
+    assert!(shelf.wants_preparation() && !shelf.wants_preparation());
+    shelf.prepare();
     let reader = ShelfReader::open(shelf.reader().try_clone_to_owned().unwrap(), FORMAT, CAPACITY).unwrap();
     (shelf, reader)
 }
@@ -54,6 +56,8 @@ fn what_changed_since_the_ticket_is_not_put() {
 #[test]
 fn nothing_is_put_for_nobody_nor_what_is_too_large_or_nothing() {
     let shelf = Shelf::new(CAPACITY).unwrap();
+    assert!(shelf.wants_preparation() && !shelf.wants_preparation());
+    shelf.prepare();
     assert!(shelf.ticket(Oid(1)).is_none(), "nobody reads");
     let reader = ShelfReader::open(shelf.reader().try_clone_to_owned().unwrap(), FORMAT, CAPACITY).unwrap();
     put(&shelf, 1, 10, b"");

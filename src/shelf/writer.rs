@@ -21,6 +21,8 @@ pub(crate) struct Shelf {
     layout: Layout,
     /// Somebody reads it.
     is_read: AtomicBool,
+    /// Somebody prepares it, or has.
+    is_prepared: AtomicBool,
     /// Something may be on it.
     is_filled: AtomicBool,
     /// How often an object with this hash has changed.
@@ -59,6 +61,7 @@ impl Shelf {
             for_readers,
             layout,
             is_read: AtomicBool::new(false),
+            is_prepared: AtomicBool::new(false),
             is_filled: AtomicBool::new(false),
             epochs: (0..EPOCHS).map(|_| AtomicU64::new(0)).collect(),
             puts: AtomicU64::new(0),
@@ -79,6 +82,28 @@ impl Shelf {
     pub(crate) fn reader(&self) -> BorrowedFd<'_> {
         self.is_read.store(true, Ordering::Relaxed);
         self.for_readers.as_fd()
+    }
+
+    /// True, once: somebody is to call [`Self::prepare`].
+    pub(crate) fn wants_preparation(&self) -> bool {
+        !self.is_prepared.swap(true, Ordering::Relaxed)
+    }
+
+    /// Takes the memory for the table, on both sides, which takes some milliseconds: loads would have to, page by page. Nothing is put
+    /// there before.
+    pub(crate) fn prepare(&self) {
+        let mut state = self.state();
+        if !state.entries.is_empty() {
+            return;
+        }
+        let zeros = vec![0; 64 << 10];
+        for at in (0..self.layout.ring()).step_by(zeros.len()) {
+            let count = zeros.len().min((self.layout.ring() - at) as usize);
+            if let Err(error) = self.file.write_all_at(&zeros[..count], at) {
+                return self.give_up(&mut state, &error);
+            }
+        }
+        state.entries = vec![Entry::default(); self.layout.buckets() * WAYS];
     }
 
     /// To be taken before the storage is asked for the current revision of `oid`. `None`: nobody would read it.
@@ -105,7 +130,8 @@ impl Shelf {
             return;
         }
         if state.entries.is_empty() {
-            state.entries = vec![Entry::default(); self.layout.buckets() * WAYS];
+            // Not prepared yet.
+            return;
         }
         let size = self.layout.capacity - self.layout.ring();
         let length = (LABEL + data.len()) as u64;
