@@ -42,16 +42,25 @@ def cold_one(bench, servers, first):
                     target={"": ">= 8x; <= 3x limit"}, note="CPU includes closing the client; its limit: the echo process of the round trips")
 
 
+def _apart(first, count, processes):
+    """Jobs that load different objects."""
+    return [("loads.cold", {"first": first + i * count, "count": count, "seed": i}) for i in range(processes)]
+
+
+def _rate(bench, client, server, jobs):
+    """Loads a second of all jobs together, and the server's CPU time for each."""
+    before = []
+    reports = bench.run(client, server, jobs, during=lambda: before.append(server.cpu()))
+    total = sum(r["count"] for r in reports)
+    return {"": throughput(reports), "server CPU": (server.cpu() - before[0]) / total * 1e6}
+
+
 def cold_processes(bench, servers, first):
     for processes in (1, 4, 8, 16):
         count = bench.size(1000, 4000)
 
         def measure(client, server):
-            before = []
-            jobs = [("loads.cold", {"first": first + i * count, "count": count, "seed": i}) for i in range(processes)]
-            reports = bench.run(client, servers[server], jobs, during=lambda: before.append(servers[server].cpu()))
-            total = sum(r["count"] for r in reports)
-            return {"": throughput(reports), "server CPU": (servers[server].cpu() - before[0]) / total * 1e6}
+            return _rate(bench, client, servers[server], _apart(first, count, processes))
         bench.alternate("loads", f"cold loads, {processes} process{'es' * (processes > 1)}", {"": "1/s", "server CPU": "us/load"}, measure,
                         bench.pairs(mixed=processes == 8) + bench.peers(servers, shared=processes > 1), better={"": "higher"},
                         limit={"": lambda: bench.limits.roundtrips_per_second(processes),
@@ -101,11 +110,7 @@ def loaded_together(bench, servers, first):
 
     def measure(client, server):
         start = fresh[client, server] = fresh.get((client, server), first - count) + count
-        before = []
-        jobs = [("loads.cold", {"first": start, "count": count, "seed": i}) for i in range(processes)]
-        reports = bench.run(client, servers[server], jobs, during=lambda: before.append(servers[server].cpu()))
-        total = sum(r["count"] for r in reports)
-        return {"": throughput(reports), "server CPU": (servers[server].cpu() - before[0]) / total * 1e6}
+        return _rate(bench, client, servers[server], [("loads.cold", {"first": start, "count": count, "seed": i}) for i in range(processes)])
     bench.alternate("loads", f"{processes} processes load the same objects for the first time", {"": "1/s", "server CPU": "us/load"}, measure,
                     bench.pairs(), better={"": "higher"}, target={"": ">= 10x", "server CPU": "<= 1/10"})
 
@@ -116,11 +121,7 @@ def loaded_before(bench, servers, first):
         bench.run(client, servers[server], [("loads.cold", {"first": first, "count": 8 * count})])
     for processes in (1, 8):
         def measure(client, server):
-            before = []
-            jobs = [("loads.cold", {"first": first + i * count, "count": count, "seed": i}) for i in range(processes)]
-            reports = bench.run(client, servers[server], jobs, during=lambda: before.append(servers[server].cpu()))
-            total = sum(r["count"] for r in reports)
-            return {"": throughput(reports), "server CPU": (servers[server].cpu() - before[0]) / total * 1e6}
+            return _rate(bench, client, servers[server], _apart(first, count, processes))
         bench.alternate("loads", f"{processes} process{'es' * (processes > 1)} loading what another client has loaded",
                         {"": "1/s", "server CPU": "us/load"}, measure, bench.pairs(), better={"": "higher"})
 

@@ -261,14 +261,7 @@ impl Cache {
         if !self.fits(tid, end_tid, data.len()) {
             return;
         }
-        let data = Bytes::copy_from_slice(data);
-        if self.insert(oid, tid, end_tid, Value::Memory(data.clone())) {
-            if let Some(trace) = self.trace.get() {
-                let code = if end_tid.is_none() { trace::STORE } else { trace::STORE_OLD };
-                trace.record(code, oid, tid, end_tid.unwrap_or(Tid::ZERO), data.len());
-            }
-            self.record(|| Event::Revision { oid, tid, end: end_tid, data });
-        }
+        self.keep(None, oid, tid, end_tid, Bytes::copy_from_slice(data));
     }
 
     /// To be taken before somebody who does not speak in the order of invalidations is asked for the current revision of `oid`.
@@ -279,26 +272,17 @@ impl Cache {
     /// As [`Self::store`], of a revision that was current after the ticket was taken. Not kept if an invalidation came since, which
     /// may have ended it.
     pub fn store_current(&self, ticket: Ticket, oid: Oid, tid: Tid, data: &Bytes) {
-        if !self.fits(tid, None, data.len()) {
-            return;
-        }
-        let (stored, change) = {
-            let mut shard = self.shard(oid);
-            if shard.changes() != ticket.0 {
-                return;
-            }
-            let before = shard.bytes();
-            let stored = shard.store(oid, tid, None, Value::Memory(data.clone()));
-            if stored {
-                // Under the lock: the invalidation that ends it must not get into the file before it.
-                self.record(|| Event::Revision { oid, tid, end: None, data: data.clone() });
-            }
-            (stored, shard.bytes() as isize - before as isize)
-        };
-        self.add(change);
-        self.shrink(self.index(oid));
-        if let (true, Some(trace)) = (stored, self.trace.get()) {
-            trace.record(trace::STORE, oid, tid, Tid::ZERO, data.len());
+        self.keep(Some(ticket), oid, tid, None, data.clone());
+    }
+
+    fn keep(&self, ticket: Option<Ticket>, oid: Oid, tid: Tid, end_tid: Option<Tid>, data: Bytes) {
+        let revision = || Event::Revision { oid, tid, end: end_tid, data: data.clone() };
+        // Under the lock: the invalidation that ends it must not get into the file before it.
+        let filed = || self.record(revision);
+        let kept = self.insert_and(ticket, oid, tid, end_tid, Value::Memory(data.clone()), filed);
+        if let (true, Some(trace)) = (kept, self.trace.get()) {
+            let code = if end_tid.is_none() { trace::STORE } else { trace::STORE_OLD };
+            trace.record(code, oid, tid, end_tid.unwrap_or(Tid::ZERO), data.len());
         }
     }
 
@@ -328,13 +312,33 @@ impl Cache {
 
     /// True if it was new.
     fn insert(&self, oid: Oid, tid: Tid, end_tid: Option<Tid>, data: Value) -> bool {
+        self.insert_and(None, oid, tid, end_tid, data, || ())
+    }
+
+    /// As [`Self::insert`]; if it was new `filed` is called under the lock. Nothing is done with a ticket that is out of date.
+    fn insert_and(
+        &self,
+        ticket: Option<Ticket>,
+        oid: Oid,
+        tid: Tid,
+        end_tid: Option<Tid>,
+        data: Value,
+        filed: impl FnOnce(),
+    ) -> bool {
         if !self.fits(tid, end_tid, data.len()) {
             return false;
         }
         let (changed, change) = {
             let mut shard = self.shard(oid);
+            if ticket.is_some_and(|ticket| ticket.0 != shard.changes()) {
+                return false;
+            }
             let before = shard.bytes();
-            (shard.store(oid, tid, end_tid, data), shard.bytes() as isize - before as isize)
+            let changed = shard.store(oid, tid, end_tid, data);
+            if changed {
+                filed();
+            }
+            (changed, shard.bytes() as isize - before as isize)
         };
         self.add(change);
         self.shrink(self.index(oid));

@@ -2,21 +2,11 @@ use std::os::unix::net::UnixListener;
 use std::sync::atomic::AtomicUsize;
 use std::time::Instant;
 
-use super::super::core::{DatabaseCallbacks, Session};
+use super::super::core::tests::Nobody;
 use super::*;
 use crate::cache::Cache;
 use crate::net::Address;
 use crate::shelf::{FORMAT, Shelf};
-
-struct Nobody;
-
-impl DatabaseCallbacks for Nobody {
-    fn invalidate(&self, _: Tid, _: &[Oid]) {}
-    fn invalidate_cache(&self) {}
-    fn connected(&self, _: &Session) {}
-    fn disconnected(&self) {}
-    fn stale_cache(&self) {}
-}
 
 /// The next server may know what ended a revision of the last one's shelf, and the cache is verified once.
 #[test]

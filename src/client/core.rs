@@ -257,10 +257,10 @@ pub(super) fn is_in_callback() -> bool {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
 
-    struct Nobody;
+    pub(in super::super) struct Nobody;
 
     impl DatabaseCallbacks for Nobody {
         fn invalidate(&self, _: Tid, _: &[Oid]) {}

@@ -179,7 +179,7 @@ impl Session {
     pub(crate) fn offer_shelf(&mut self, hub: &Hub) -> Option<(Value, Value)> {
         let shelf = hub.shelf.as_ref().filter(|_| std::mem::take(&mut self.takes_descriptors))?;
         self.handed_over = Some(Arc::clone(shelf));
-        if shelf.wants_preparation() {
+        if !shelf.is_ready() {
             let shelf = Arc::clone(shelf);
             self.runtime.spawn_blocking(move || shelf.prepare());
         }

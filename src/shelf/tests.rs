@@ -9,8 +9,9 @@ const CAPACITY: u64 = MIN_CAPACITY;
 
 fn shelf() -> (Shelf, ShelfReader) {
     let shelf = Shelf::new(CAPACITY).unwrap();
-    assert!(shelf.wants_preparation() && !shelf.wants_preparation());
+    assert!(!shelf.is_ready());
     shelf.prepare();
+    assert!(shelf.is_ready());
     let reader = ShelfReader::open(shelf.reader().try_clone_to_owned().unwrap(), FORMAT, CAPACITY).unwrap();
     (shelf, reader)
 }
@@ -56,9 +57,10 @@ fn what_changed_since_the_ticket_is_not_put() {
 #[test]
 fn nothing_is_put_for_nobody_nor_what_is_too_large_or_nothing() {
     let shelf = Shelf::new(CAPACITY).unwrap();
-    assert!(shelf.wants_preparation() && !shelf.wants_preparation());
-    shelf.prepare();
+    assert!(!shelf.is_ready());
     assert!(shelf.ticket(Oid(1)).is_none(), "nobody reads");
+    shelf.prepare();
+    assert!(shelf.is_ready());
     let reader = ShelfReader::open(shelf.reader().try_clone_to_owned().unwrap(), FORMAT, CAPACITY).unwrap();
     put(&shelf, 1, 10, b"");
     put(&shelf, 2, 10, &vec![0; MAX_DATA + 1]);

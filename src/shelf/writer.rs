@@ -19,10 +19,8 @@ pub(crate) struct Shelf {
     /// The same, for readers.
     for_readers: OwnedFd,
     layout: Layout,
-    /// Somebody reads it.
-    is_read: AtomicBool,
-    /// Somebody prepares it, or has.
-    is_prepared: AtomicBool,
+    /// See [`Self::prepare`].
+    is_ready: AtomicBool,
     /// Something may be on it.
     is_filled: AtomicBool,
     /// How often an object with this hash has changed.
@@ -32,7 +30,7 @@ pub(crate) struct Shelf {
 }
 
 struct State {
-    /// What the table says, once there is something; the position is where the data began in a ring without an end.
+    /// What the table says, once it is ready; the position is where the data began in a ring without an end.
     entries: Vec<Entry>,
     /// Where the next data goes, in a ring without an end.
     head: u64,
@@ -60,8 +58,7 @@ impl Shelf {
             file,
             for_readers,
             layout,
-            is_read: AtomicBool::new(false),
-            is_prepared: AtomicBool::new(false),
+            is_ready: AtomicBool::new(false),
             is_filled: AtomicBool::new(false),
             epochs: (0..EPOCHS).map(|_| AtomicU64::new(0)).collect(),
             puts: AtomicU64::new(0),
@@ -78,37 +75,30 @@ impl Shelf {
         self.puts.load(Ordering::Relaxed)
     }
 
-    /// For a reader; from now on there is one.
+    /// For a reader.
     pub(crate) fn reader(&self) -> BorrowedFd<'_> {
-        self.is_read.store(true, Ordering::Relaxed);
         self.for_readers.as_fd()
     }
 
-    /// True, once: somebody is to call [`Self::prepare`].
-    pub(crate) fn wants_preparation(&self) -> bool {
-        !self.is_prepared.swap(true, Ordering::Relaxed)
+    /// Whether [`Self::prepare`] has been called.
+    pub(crate) fn is_ready(&self) -> bool {
+        self.is_ready.load(Ordering::Relaxed)
     }
 
-    /// Takes the memory for the table, on both sides, which takes some milliseconds: loads would have to, page by page. Nothing is put
-    /// there before.
+    /// There will be readers. Takes the memory for the table, on both sides, which takes some milliseconds: loads would have to, page by
+    /// page. Nothing is put there before.
     pub(crate) fn prepare(&self) {
         let mut state = self.state();
-        if !state.entries.is_empty() {
-            return;
+        if state.entries.is_empty() {
+            state.entries = vec![Entry::default(); self.layout.buckets() * WAYS];
+            self.empty(&mut state);
+            self.is_ready.store(true, Ordering::Relaxed);
         }
-        let zeros = vec![0; 64 << 10];
-        for at in (0..self.layout.ring()).step_by(zeros.len()) {
-            let count = zeros.len().min((self.layout.ring() - at) as usize);
-            if let Err(error) = self.file.write_all_at(&zeros[..count], at) {
-                return self.give_up(&mut state, &error);
-            }
-        }
-        state.entries = vec![Entry::default(); self.layout.buckets() * WAYS];
     }
 
-    /// To be taken before the storage is asked for the current revision of `oid`. `None`: nobody would read it.
+    /// To be taken before the storage is asked for the current revision of `oid`. `None`: it is not ready, nobody would read it.
     pub(crate) fn ticket(&self, oid: Oid) -> Option<Ticket> {
-        self.is_read.load(Ordering::Relaxed).then(|| Ticket(self.epoch(oid).load(Ordering::SeqCst)))
+        self.is_ready().then(|| Ticket(self.epoch(oid).load(Ordering::SeqCst)))
     }
 
     /// `oid` is, or was when the ticket was taken, at `tid`, with this data. Not put there if it has changed since, nor if somebody
@@ -127,10 +117,6 @@ impl Shelf {
         // First say that there may be something, then look whether it has changed; `remove` does it the other way around.
         self.is_filled.store(true, Ordering::SeqCst);
         if state.broken || self.epoch(oid).load(Ordering::SeqCst) != ticket.0 {
-            return;
-        }
-        if state.entries.is_empty() {
-            // Not prepared yet.
             return;
         }
         let size = self.layout.capacity - self.layout.ring();
@@ -206,10 +192,20 @@ impl Shelf {
             epoch.fetch_add(1, Ordering::SeqCst);
         }
         let mut state = self.state();
+        if !state.entries.is_empty() {
+            self.empty(&mut state);
+        }
+    }
+
+    /// Empties the table, and keeps its memory.
+    fn empty(&self, state: &mut State) {
         state.entries.fill(Entry::default());
-        let emptied = self.file.set_len(0).and_then(|()| self.file.set_len(self.layout.capacity));
-        if let Err(error) = emptied {
-            self.give_up(&mut state, &error);
+        let zeros = vec![0; 64 << 10];
+        for at in (0..self.layout.ring()).step_by(zeros.len()) {
+            let count = zeros.len().min((self.layout.ring() - at) as usize);
+            if let Err(error) = self.file.write_all_at(&zeros[..count], at) {
+                return self.give_up(state, &error);
+            }
         }
     }
 

@@ -234,8 +234,9 @@ def test_a_server_at_unix_addresses_only_has_none(tmp_path):
         stop()
 
 
-def test_a_server_with_tls_offers_nothing():
-    """Over TLS it knows who its client is; over another socket it would not."""
+@contextlib.contextmanager
+def over_tls():
+    """A client of a server with TLS."""
 
     def pem(name):
         return str(CERTIFICATES / name)
@@ -245,10 +246,16 @@ def test_a_server_with_tls_offers_nothing():
         context = ssl.create_default_context(cafile=pem("ca.pem"))
         context.load_cert_chain(pem("leaf.pem"), pem("leaf.key"))
         with Raw(address, wrap=lambda sock: context.wrap_socket(sock, server_hostname="zeo.example.com")) as peer:
-            assert peer.socket.gettimeout() == PATIENCE
-            assert KEY not in peer.call("get_info")
+            yield peer
     finally:
         stop()
+
+
+def test_a_server_with_tls_offers_nothing():
+    """Over TLS it knows who its client is; over another socket it would not."""
+    with over_tls() as peer:
+        assert peer.socket.gettimeout() == PATIENCE
+        assert KEY not in peer.call("get_info")
 
 
 # -- the log

@@ -1,9 +1,7 @@
 """The cache that a server shares with the clients of its machine (`shared-cache-size`): what is found there is right, and nobody else notices."""
 
 import contextlib
-import ssl
 import threading
-from pathlib import Path
 
 import pytest
 import transaction
@@ -11,14 +9,13 @@ import ZEO
 import ZODB
 from persistent.mapping import PersistentMapping
 from rawpeer import Raw
-from test_local_socket import free_port, opened, status_of, watched
+from test_local_socket import free_port, opened, over_tls, status_of, watched
 from test_server import serving, wait_until
 from ZODB.POSException import ConflictError
 from ZODB.utils import p64, u64, z64
 
 import zeo_rs
 
-CERTIFICATES = Path(__file__).parents[1] / "fixtures" / "tls"
 KEY = "zeo_rs_shelf"
 OBJECTS = 50
 #: one cache that keeps nothing worth speaking of, so that everything is loaded
@@ -206,17 +203,8 @@ def test_at_a_unix_address(tmp_path):
 
 
 def test_over_tls_there_is_none():
-    def pem(name):
-        return str(CERTIFICATES / name)
-
-    address, stop = zeo_rs.server(ssl=zeo_rs.TLS(pem("leaf.pem"), pem("leaf.key"), authenticate=pem("ca.pem")))
-    try:
-        context = ssl.create_default_context(cafile=pem("ca.pem"))
-        context.load_cert_chain(pem("leaf.pem"), pem("leaf.key"))
-        with Raw(address, wrap=lambda sock: context.wrap_socket(sock, server_hostname="zeo.example.com")) as peer:
-            assert KEY not in peer.call("get_info")
-    finally:
-        stop()
+    with over_tls() as peer:
+        assert KEY not in peer.call("get_info")
 
 
 def test_storages_in_python_share_none(tmp_path):

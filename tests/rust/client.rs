@@ -183,6 +183,16 @@ impl FakeServer {
         peer.register(last_tid);
         peer
     }
+
+    /// A client that is connected and ready, with the server's end of it.
+    fn meet(&self, open: impl FnOnce(Options) -> TestClient) -> (TestClient, Peer) {
+        std::thread::scope(|scope| {
+            let peer = scope.spawn(|| self.serve(Tid(10)));
+            let test = open(self.options());
+            test.client.wait_connected(PATIENCE).unwrap();
+            (test, peer.join().unwrap())
+        })
+    }
 }
 
 impl Peer {
@@ -325,10 +335,7 @@ fn an_invalidation_before_the_reply_is_applied_first() {
     for encoding in BOTH {
         let server = FakeServer::new(encoding);
         std::thread::scope(|scope| {
-            let peer = scope.spawn(|| server.serve(Tid(10)));
-            let test = TestClient::open(server.options());
-            test.client.wait_connected(PATIENCE).unwrap();
-            let mut peer = peer.join().unwrap();
+            let (test, mut peer) = server.meet(TestClient::open);
             let client = test.client.clone();
             let loading = scope.spawn(move || client.load_before(Oid(1), Tid(11)));
             peer.expect(|call| matches!(call, Call::LoadBefore { .. }));
@@ -352,10 +359,7 @@ fn an_invalidation_behind_the_reply_ends_what_the_reply_stored() {
     for encoding in BOTH {
         let server = FakeServer::new(encoding);
         std::thread::scope(|scope| {
-            let peer = scope.spawn(|| server.serve(Tid(10)));
-            let test = TestClient::open(server.options());
-            test.client.wait_connected(PATIENCE).unwrap();
-            let mut peer = peer.join().unwrap();
+            let (test, mut peer) = server.meet(TestClient::open);
             let client = test.client.clone();
             let loading = scope.spawn(move || client.load_before(Oid(1), Tid(11)));
             peer.expect(|call| matches!(call, Call::LoadBefore { .. }));
@@ -389,10 +393,7 @@ fn the_last_tid_waits_for_the_database() {
     let server = FakeServer::new(Encoding::Msgpack);
     let (hook, entered, leave) = slow_database();
     std::thread::scope(|scope| {
-        let peer = scope.spawn(|| server.serve(Tid(10)));
-        let test = TestClient::with_hook(server.options(), hook);
-        test.client.wait_connected(PATIENCE).unwrap();
-        let mut peer = peer.join().unwrap();
+        let (test, mut peer) = server.meet(|options| TestClient::with_hook(options, hook));
         let invalidation = peer.invalidation_bytes(Tid(12), &[Oid(1)]);
         peer.write(&invalidation);
         entered.recv_timeout(PATIENCE).unwrap();
@@ -412,10 +413,7 @@ fn with_a_backlog(encoding: Encoding, then: impl FnOnce(&FakeServer, &TestClient
     let server = FakeServer::new(encoding);
     let (hook, entered, leave) = slow_database();
     std::thread::scope(|scope| {
-        let peer = scope.spawn(|| server.serve(Tid(10)));
-        let test = TestClient::with_hook(server.options(), hook);
-        test.client.wait_connected(PATIENCE).unwrap();
-        let mut peer = peer.join().unwrap();
+        let (test, mut peer) = server.meet(|options| TestClient::with_hook(options, hook));
         let client = test.client.clone();
         let loading = scope.spawn(move || client.load_before(Oid(7), Tid(11)).unwrap().unwrap());
         peer.expect(|call| matches!(call, Call::LoadBefore { .. }));
@@ -592,10 +590,7 @@ fn a_caller_waits_for_who_is_just_telling() {
         slow(told);
     });
     std::thread::scope(|scope| {
-        let peer = scope.spawn(|| server.serve(Tid(10)));
-        let test = TestClient::with_hook(server.options(), hook);
-        test.client.wait_connected(PATIENCE).unwrap();
-        let mut peer = peer.join().unwrap();
+        let (test, mut peer) = server.meet(|options| TestClient::with_hook(options, hook));
         // Nobody calls: the background thread reads it.
         let bytes = peer.invalidation_bytes(Tid(12), &[Oid(1)]);
         peer.write(&bytes);
@@ -638,10 +633,7 @@ fn who_has_its_answer_does_not_tell_the_database() {
         }
     });
     std::thread::scope(|scope| {
-        let peer = scope.spawn(|| server.serve(Tid(10)));
-        let test = TestClient::with_hook(server.options(), hook);
-        test.client.wait_connected(PATIENCE).unwrap();
-        let mut peer = peer.join().unwrap();
+        let (test, mut peer) = server.meet(|options| TestClient::with_hook(options, hook));
         // Who reads is a race, which the first caller wins most of the time.
         for round in 0..20 {
             let (tid, oid) = (Tid(11 + round), Oid(100 + round));
@@ -749,10 +741,7 @@ fn a_closed_database_is_told_nothing() {
 fn identical_loads_are_sent_once() {
     let server = FakeServer::new(Encoding::Msgpack);
     std::thread::scope(|scope| {
-        let peer = scope.spawn(|| server.serve(Tid(10)));
-        let test = TestClient::open(server.options());
-        test.client.wait_connected(PATIENCE).unwrap();
-        let mut peer = peer.join().unwrap();
+        let (test, mut peer) = server.meet(TestClient::open);
         let client = test.client.clone();
         // Asked for twice, sent once.
         client.prefetch(&[Oid(1), Oid(2)], Tid(11)).unwrap();
@@ -806,10 +795,7 @@ fn identical_loads_are_sent_once() {
 fn a_load_survives_a_restart_of_the_server() {
     let server = FakeServer::new(Encoding::Pickle);
     std::thread::scope(|scope| {
-        let peer = scope.spawn(|| server.serve(Tid(10)));
-        let test = TestClient::open(server.options());
-        test.client.wait_connected(PATIENCE).unwrap();
-        let mut peer = peer.join().unwrap();
+        let (test, mut peer) = server.meet(TestClient::open);
         let client = test.client.clone();
         let loading = scope.spawn(move || client.load_before(Oid(1), Tid(11)));
         peer.expect(|call| matches!(call, Call::LoadBefore { .. }));
@@ -913,10 +899,7 @@ fn a_disconnect_poisons_the_transaction() {
 fn resolved_objects_are_not_cached_as_sent() {
     let server = FakeServer::new(Encoding::Msgpack);
     std::thread::scope(|scope| {
-        let peer = scope.spawn(|| server.serve(Tid(10)));
-        let test = TestClient::open(server.options());
-        test.client.wait_connected(PATIENCE).unwrap();
-        let mut peer = peer.join().unwrap();
+        let (test, mut peer) = server.meet(TestClient::open);
         let client = test.client.clone();
         let committing = scope.spawn(move || {
             begin(&client)?;
@@ -955,10 +938,7 @@ fn garbage_ends_the_connection() {
     for (encoding, bytes) in BOTH.into_iter().flat_map(|e| garbage.iter().map(move |bytes| (e, bytes))) {
         let server = FakeServer::new(encoding);
         std::thread::scope(|scope| {
-            let peer = scope.spawn(|| server.serve(Tid(10)));
-            let test = TestClient::open(server.options());
-            test.client.wait_connected(PATIENCE).unwrap();
-            let mut peer = peer.join().unwrap();
+            let (test, mut peer) = server.meet(TestClient::open);
             let client = test.client.clone();
             let packing = scope.spawn(move || client.call("pack", &Call::Pack { time: 1.0, wait: true }));
             peer.expect(|call| matches!(call, Call::Pack { .. }));
@@ -981,10 +961,7 @@ fn the_cache_is_verified_after_a_reconnect() {
     for (answer, kept) in cases {
         let server = FakeServer::new(Encoding::Pickle);
         std::thread::scope(|scope| {
-            let peer = scope.spawn(|| server.serve(Tid(10)));
-            let test = TestClient::open(server.options());
-            test.client.wait_connected(PATIENCE).unwrap();
-            let mut peer = peer.join().unwrap();
+            let (test, mut peer) = server.meet(TestClient::open);
             for oid in [Oid(1), Oid(2)] {
                 let client = test.client.clone();
                 let loading = scope.spawn(move || client.load_before(oid, Tid(11)));
@@ -1103,10 +1080,7 @@ fn close_is_quick_in_every_state() {
     // A call that is never answered.
     let server = FakeServer::new(Encoding::Msgpack);
     std::thread::scope(|scope| {
-        let peer = scope.spawn(|| server.serve(Tid(10)));
-        let test = TestClient::open(server.options());
-        test.client.wait_connected(PATIENCE).unwrap();
-        let mut peer = peer.join().unwrap();
+        let (test, mut peer) = server.meet(TestClient::open);
         let client = test.client.clone();
         let waiting = scope.spawn(move || client.read("ping", &Call::Ping));
         peer.expect(|call| matches!(call, Call::Ping));
@@ -1145,10 +1119,7 @@ fn oids_of_a_lost_connection_are_not_used() {
 fn a_call_from_a_callback_is_refused() {
     let server = FakeServer::new(Encoding::Msgpack);
     std::thread::scope(|scope| {
-        let peer = scope.spawn(|| server.serve(Tid(10)));
-        let test = TestClient::open(server.options());
-        test.client.wait_connected(PATIENCE).unwrap();
-        let mut peer = peer.join().unwrap();
+        let (test, mut peer) = server.meet(TestClient::open);
         let client = test.client.clone();
         let committing = scope.spawn(move || {
             begin(&client)?;
@@ -1265,10 +1236,7 @@ fn an_invalidation_behind_a_prefetched_object_ends_it() {
     for encoding in BOTH {
         let server = FakeServer::new(encoding);
         std::thread::scope(|scope| {
-            let peer = scope.spawn(|| server.serve(Tid(10)));
-            let test = TestClient::open(server.options());
-            test.client.wait_connected(PATIENCE).unwrap();
-            let mut peer = peer.join().unwrap();
+            let (test, mut peer) = server.meet(TestClient::open);
             test.client.prefetch(&[Oid(1), Oid(2)], Tid(11)).unwrap();
             for _ in 0..2 {
                 peer.expect(|call| matches!(call, Call::LoadBefore { .. }));
@@ -1298,10 +1266,7 @@ fn a_call_behind_a_writer_that_waits_is_not_lost() {
     for encoding in BOTH {
         let server = FakeServer::new(encoding);
         std::thread::scope(|scope| {
-            let peer = scope.spawn(|| server.serve(Tid(10)));
-            let test = TestClient::open(server.options());
-            test.client.wait_connected(PATIENCE).unwrap();
-            let mut peer = peer.join().unwrap();
+            let (test, mut peer) = server.meet(TestClient::open);
             assert!(peer.received.is_empty());
             // More than the system takes for a peer that does not read.
             let specification = Value::Bytes(vec![0; 64 << 20].into());
@@ -1326,10 +1291,7 @@ fn a_call_behind_a_writer_that_waits_is_not_lost() {
 fn the_last_tid_never_goes_back() {
     let server = FakeServer::new(Encoding::Pickle);
     std::thread::scope(|scope| {
-        let peer = scope.spawn(|| server.serve(Tid(10)));
-        let test = TestClient::open(server.options());
-        test.client.wait_connected(PATIENCE).unwrap();
-        let mut peer = peer.join().unwrap();
+        let (test, mut peer) = server.meet(TestClient::open);
         let client = test.client.clone();
         let loading = scope.spawn(move || client.load_before(Oid(1), Tid(13)));
         peer.expect(|call| matches!(call, Call::LoadBefore { .. }));
@@ -1356,10 +1318,7 @@ fn the_last_tid_never_goes_back() {
 fn a_verification_that_is_cut_off_is_made_again() {
     let server = FakeServer::new(Encoding::Pickle);
     std::thread::scope(|scope| {
-        let peer = scope.spawn(|| server.serve(Tid(10)));
-        let test = TestClient::open(server.options());
-        test.client.wait_connected(PATIENCE).unwrap();
-        let mut peer = peer.join().unwrap();
+        let (test, mut peer) = server.meet(TestClient::open);
         let client = test.client.clone();
         let loading = scope.spawn(move || client.load_before(Oid(1), Tid(11)));
         peer.expect(|call| matches!(call, Call::LoadBefore { .. }));
@@ -1477,10 +1436,7 @@ fn a_store_that_is_not_read_can_be_aborted() {
     for encoding in BOTH {
         let server = FakeServer::new(encoding);
         std::thread::scope(|scope| {
-            let peer = scope.spawn(|| server.serve(Tid(10)));
-            let test = TestClient::open(server.options());
-            test.client.wait_connected(PATIENCE).unwrap();
-            let mut peer = peer.join().unwrap();
+            let (test, mut peer) = server.meet(TestClient::open);
             let [client, storer, asker, aborter] = std::array::from_fn(|_| test.client.clone());
             begin(&client).unwrap();
             // More than the system takes for a peer that does not read.
