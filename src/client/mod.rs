@@ -8,6 +8,7 @@
 //! | --- | --- |
 //! | this, `commit.rs` | [`Client`]: calls, loads; two-phase commit |
 //! | `connection.rs` | one connection: who waits, who writes, who reads |
+//! | `news.rs` | what the database is still to be told, and by whom |
 //! | `core.rs` | what outlives connections: cache, last tid, callbacks |
 //! | `keeper.rs`, `dial.rs`, `race.rs`, `verify.rs` | the background thread: connect, verify, reconnect |
 //! | `stream.rs`, `inbox.rs`, `slot.rs` | socket, received bytes, one caller's wait |

@@ -7,9 +7,10 @@
 //! | `seat` | threads for connections that load without pause |
 //! | `session` | one client: its view, its calls (`reads`, `transaction`, `undo`, `cursors`, `blobs`) |
 //! | `mailbox` | what the rest of the server has to say to one connection, in order |
-//! | `hub` | one storage: who listens, what was published |
+//! | `hub`, `pack_watch` | one storage: who listens, what was published; its pack |
 //! | `staging` | what a transaction has sent before its vote, in memory or on disk |
-//! | `locks`, `verdict`, `commit` | which transaction holds which objects; how a vote ends; the thread that finishes |
+//! | `locks`, `verdict` | which transaction holds which objects; how a vote ends |
+//! | `commit`, `gather` | the thread that finishes; what it finishes together |
 //! | `admin` | the operators' HTTP listener: metrics, health, status page |
 //! | `status`, `fault`, `slow` | numbers for monitors; errors for clients; what took too long, for the log |
 //!
